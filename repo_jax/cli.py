@@ -1,0 +1,132 @@
+"""The commands: repo-jax train | evaluate | export."""
+
+import argparse
+import json
+import pathlib
+import sys
+
+from repo_jax.config import SECTIONS, leaf_fields, load_recipe, read_yaml
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; returns 0, or 2 after one line on what to change."""
+    arguments, command, overrides = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        return command(arguments, overrides)
+    except UsageError as error:
+        print(f"repo-jax: {error}", file=sys.stderr)
+        return 2
+
+
+class UsageError(Exception):
+    """Something the user gave cannot be used; the message says what to change."""
+
+
+def checked(function, *args, **kwargs):
+    """Calls what looks at the user's values; what it refuses becomes a UsageError. Faults of the work itself keep their traceback."""
+    try:
+        return function(*args, **kwargs)
+    except (ValueError, OSError) as error:
+        raise UsageError(error) from error
+
+
+def train_command(arguments, overrides) -> int:
+    recipe = checked(load_recipe, arguments.config, overrides)
+    from repo_jax.preparation import set_up
+    from repo_jax.training import claim, train
+
+    setup = checked(set_up, recipe, training=True)
+    checked(claim, setup)
+    train(setup)
+    return 0
+
+
+def evaluate_command(arguments, overrides) -> int:
+    given = {"model.model_name_or_path": arguments.model, "data.eval_dataset_name": arguments.data}
+    recipe = checked(load_recipe, arguments.config, {name: value for name, value in given.items() if value} | overrides)
+    from repo_jax.evaluation import evaluate_model
+    from repo_jax.preparation import set_up
+
+    results = evaluate_model(checked(set_up, recipe, training=False))
+    text = json.dumps(results, indent=2)
+    print(text)
+    if arguments.output:
+        pathlib.Path(arguments.output).write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+def export_command(arguments, overrides) -> int:
+    from repo_jax.export import check_output, export_checkpoint, run_of
+
+    output = pathlib.Path(arguments.output)
+    checked(check_output, output)
+    run = checked(run_of, arguments.checkpoint)
+    difference = export_checkpoint(pathlib.Path(arguments.checkpoint), run, output)
+    print(f"model  {output}  (reloaded; log-probs within {difference:.1g} of the checkpoint's)")
+    return 0
+
+
+def parse(argv: list[str]):
+    """The parsed arguments, the command to call, and the recipe overrides {'section.leaf': value}."""
+    parser = argparse.ArgumentParser(prog="repo-jax", description="Aligns language models with preference pairs.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name, function, words):
+        command = commands.add_parser(name, help=words, description=words, allow_abbrev=False)
+        command.set_defaults(function=function)
+        return command
+
+    train = add("train", train_command, "train by a recipe, evaluate, export and report; goes on from the newest checkpoint")
+    train.add_argument("config", help="the recipe, a YAML file")
+    add_recipe_flags(train)
+    evaluate = add("evaluate", evaluate_command, "score held-out pairs with a model and print the metrics as JSON")
+    evaluate.add_argument("config", nargs="?", help="a recipe, where one is wanted")
+    evaluate.add_argument("--model", metavar="DIR", help="folder of a Hugging Face model (model.model_name_or_path)")
+    evaluate.add_argument("--data", metavar="FILE", help="preference pairs (data.eval_dataset_name)")
+    evaluate.add_argument("--output", metavar="FILE", help="where to write the JSON as well")
+    add_recipe_flags(evaluate, taken={"data"})
+    export = add("export", export_command, "write a checkpoint as a Hugging Face folder")
+    export.add_argument("--checkpoint", required=True, metavar="DIR", help="a checkpoint-N folder in a run's folder")
+    export.add_argument("--output", required=True, metavar="DIR", help="the folder to write")
+    arguments = parser.parse_args(argv)
+    overrides = {name: value for name, value in vars(arguments).items() if "." in name}
+    return arguments, arguments.function, overrides
+
+
+def add_recipe_flags(parser: argparse.ArgumentParser, taken: set[str] = frozenset()) -> None:
+    """A flag for every leaf of the recipe, under its own name and under section.name; values are read as YAML reads them."""
+    from repo_jax.losses import LOSSES, hyperparameters
+
+    for section in SECTIONS:
+        group = parser.add_argument_group(section)
+        for name, (home, field) in leaf_fields().items():
+            if home == section:
+                add_flag(group, section, name, f"{field.default.description} (default: {default_of(field)})", taken)
+        if section == "loss":
+            takers = {"loss_type": list(LOSSES)}
+            for kind, loss in LOSSES.items():
+                for name, default in hyperparameters(loss).items():
+                    takers.setdefault(name, []).append(f"{kind} {default:g}")
+            for name, words in takers.items():
+                text = f"the objective: {', '.join(words)} (default: repo)" if name == "loss_type" else f"of {', '.join(words)}"
+                add_flag(group, section, name, text, taken)
+
+
+def add_flag(group, section: str, name: str, words: str, taken: set[str]) -> None:
+    flags = [f"--{section}.{name}"] if name in taken else [f"--{name}", f"--{section}.{name}"]
+    group.add_argument(
+        *flags, dest=f"{section}.{name}", default=argparse.SUPPRESS, type=yaml_value, metavar="X", help=words.replace("%", "%%")
+    )
+
+
+def default_of(field) -> str:
+    return "none, it must be set" if field.default.is_required() else json.dumps(field.default.default)
+
+
+def yaml_value(text: str):
+    try:
+        return read_yaml(text)
+    except ValueError:
+        return text
+
+

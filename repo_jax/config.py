@@ -1,0 +1,201 @@
+"""The recipe: everything a run is told, from YAML and flags into frozen dataclasses, with errors one can act on.
+
+Leaf names are unique across sections, so that `--learning_rate 1e-6` and `--optim.learning_rate 1e-6` say the same.
+"""
+
+import dataclasses
+import difflib
+import pathlib
+import re
+from typing import Any, Literal
+
+import pydantic
+import yaml
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+STRICT = pydantic.ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, config=STRICT)
+class ModelSection:
+    model_name_or_path: str = Field(description="folder of a Hugging Face model: config.json, safetensors, tokenizer")
+    chat_template: str | None = Field(None, description="Jinja text or the path of a .jinja file; null: the tokenizer's own")
+    eos_token: str | None = Field(None, description="the token that ends an answer; null: the tokenizer's own")
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="what the model computes in, over float32 parameters; auto: bfloat16 on TPU and GPU, float32 on CPU"
+    )
+    remat: Literal["none", "dots", "full"] = Field(
+        "full", description="what the backward pass computes again: nothing, all but weight matmuls, or all of each layer"
+    )
+
+
+@dataclass(frozen=True, config=STRICT)
+class DataSection:
+    dataset_name: str | None = Field(None, description="preference pairs: a .jsonl file, or a folder with one per split")
+    eval_dataset_name: str | None = Field(None, description="held-out pairs, likewise; null: the test split of dataset_name if that is a folder")
+    dataset_train_split: str = Field("train", description="the split to train on, where dataset_name is a folder")
+    dataset_test_split: str = Field("test", description="the split to evaluate on, where the data set is a folder")
+    max_length: int | None = Field(
+        None, ge=2, description="tokens of prompt + longer answer; pairs over it are dropped and counted; null: the model's positions"
+    )
+    row_length: int | None = Field(None, ge=3, description="token slots of a packed row; null: the longest pair, rounded up to 128")
+    scored_length: int | None = Field(None, ge=2, description="scored tokens a row has room for; null: suggested from the data")
+    rows_per_device: int = Field(4, ge=1, description="rows a device takes through the model at a time")
+    cache_dir: str = Field("~/.cache/repo_jax", description="where tokenized data sets are kept")
+
+
+@dataclass(frozen=True, config=STRICT)
+class OptimSection:
+    train_batch_size: int = Field(128, ge=1, description="pairs per update, over all devices")
+    num_train_epochs: float = Field(1.0, gt=0, description="passes over the pairs")
+    max_steps: int | None = Field(None, ge=1, description="updates; null: as num_train_epochs says")
+    learning_rate: float = Field(1e-6, gt=0, description="peak learning rate of AdamW")
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up: to 0 by half a cosine, to 0 by a line, or flat")
+    warmup_ratio: float = Field(0.1, ge=0, le=1, description="share of the updates in which the learning rate rises from 0")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's, on matrices only")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment")
+    adam_epsilon: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="gradients are scaled down to this norm; null: never")
+    mode: Literal["direct", "two_pass"] = Field(
+        "direct", description="direct: one forward and backward for every pair; two_pass: score all, then backward only where the gradient is not 0"
+    )
+
+
+@dataclass(frozen=True, config=STRICT)
+class MeshSection:
+    data: int = Field(1, description="ways the rows are split, parameters whole; -1: the devices that are left")
+    fsdp: int = Field(-1, description="ways rows and parameters are split; -1: the devices that are left")
+    tensor: int = Field(1, description="ways each layer is split; -1: the devices that are left")
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        for axis, size in sizes.items():
+            if size != -1 and size < 1:
+                raise ValueError(f"mesh.{axis}={size}; give a number of devices from 1, or -1 for those that are left")
+        if list(sizes.values()).count(-1) > 1:
+            raise ValueError(f"only one mesh axis may be -1, given {' '.join(f'{a}={s}' for a, s in sizes.items())}; name a number for the others")
+
+
+@dataclass(frozen=True, config=STRICT)
+class RunSection:
+    output_dir: str = Field("runs/repo", description="the run's folder: recipe, metrics, checkpoints, report, hf/")
+    seed: int = Field(42, ge=0, description="decides the order of the pairs")
+    logging_steps: int = Field(1, ge=1, description="updates between lines of metrics.jsonl")
+    eval_steps: int | None = Field(None, ge=1, description="updates between evaluations; null: before and after training only")
+    save_steps: int = Field(100, ge=1, description="updates between checkpoints; one more is written at the end")
+    save_total_limit: int = Field(2, ge=1, description="checkpoints kept")
+
+
+@dataclass(frozen=True, config=STRICT)
+class Recipe:
+    model: ModelSection
+    data: DataSection = DataSection()
+    loss: dict[str, Any] = Field(default_factory=dict, description="loss_type and its hyperparameters")
+    optim: OptimSection = OptimSection()
+    mesh: MeshSection = MeshSection()
+    run: RunSection = RunSection()
+
+
+SECTIONS = {field.name: field.type for field in dataclasses.fields(Recipe)}
+
+
+def leaf_fields() -> dict[str, tuple[str, dataclasses.Field]]:
+    """leaf name -> (section, field), for every section but `loss`, whose leaves the loss functions define."""
+    return {
+        field.name: (section, field)
+        for section, kind in SECTIONS.items()
+        if section != "loss"
+        for field in dataclasses.fields(kind)
+    }
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1, but 1e-6 is a number."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), "-+.0123456789")
+
+
+def read_yaml(text: str):
+    """What the text says. Raises ValueError, in one line, for what is not YAML."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+
+
+def load_recipe(path: str | pathlib.Path | None, overrides: dict[str, Any] | None = None) -> Recipe:
+    """The recipe of a YAML file (or none) with overrides {'section.leaf': value} laid over it.
+
+    Raises FileNotFoundError, or ValueError with one line per thing that is wrong.
+    """
+    tree = {}
+    if path is not None:
+        if not pathlib.Path(path).is_file():
+            raise FileNotFoundError(f"no recipe at '{path}'; give the path of a YAML file")
+        try:
+            tree = read_yaml(pathlib.Path(path).read_text(encoding="utf-8")) or {}
+        except ValueError as error:
+            raise ValueError(f"'{path}' is not YAML: {error}") from None
+        if not isinstance(tree, dict):
+            raise ValueError(f"'{path}' holds a {type(tree).__name__}; wanted the sections {', '.join(SECTIONS)}")
+    for name, value in (overrides or {}).items():
+        section, leaf = name.split(".")
+        tree[section] = (tree.get(section) or {}) | {leaf: value}
+    return to_recipe(tree)
+
+
+def to_recipe(tree: dict[str, Any]) -> Recipe:
+    """A validated Recipe from nested dicts. Raises ValueError with one line per thing that is wrong."""
+    sections = {name: {} if section is None else section for name, section in tree.items()}
+    if "model" not in sections:
+        sections["model"] = {}
+    try:
+        return pydantic.TypeAdapter(Recipe).validate_python(sections)
+    except pydantic.ValidationError as errors:
+        raise ValueError("\n".join(_explain(error) for error in errors.errors())) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML, every default written out; load_recipe reads it back to the same recipe."""
+    return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)
+
+
+def _explain(error: dict) -> str:
+    path = ".".join(str(part) for part in error["loc"] if not str(part).endswith("Section"))
+    name = str(error["loc"][-1]) if error["loc"] else ""
+    kind, given = error["type"], error["input"]
+    if kind == "unexpected_keyword_argument":
+        return _unknown(error["loc"])
+    if kind == "missing":
+        return f"recipe.{path} is not set; it has no default (--{name} on the command line)"
+    if kind == "missing_argument":
+        return f"recipe.{path} is not set; it has no default (--{name} on the command line)"
+    if kind == "literal_error":
+        return f"recipe.{path}={given!r}; choose one of {error['ctx']['expected'].replace(' or ', ', ')}"
+    if kind == "value_error":
+        return str(error["ctx"]["error"])
+    if kind in ("dataclass_type", "dict_type"):
+        return f"recipe.{path}={given!r}; wanted a section, `{name}:` with its fields indented below"
+    message = error["msg"].removeprefix("Input should be ")
+    return f"recipe.{path}={given!r}; wanted {message}"
+
+
+def _unknown(loc: tuple) -> str:
+    *parents, name = (str(part) for part in loc)
+    leaves = leaf_fields()
+    if not parents:
+        home = f"; write it as {leaves[name][0]}.{name}" if name in leaves else _nearest(name, SECTIONS)
+        return f"recipe has no section '{name}'{home}"
+    section = parents[0]
+    if name in leaves:
+        return f"recipe.{section} has no field '{name}'; it belongs to recipe.{leaves[name][0]}"
+    fields = [field.name for field in dataclasses.fields(SECTIONS[section])]
+    return f"recipe.{section} has no field '{name}'{_nearest(name, fields)}"
+
+
+def _nearest(name: str, names) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else f"; it has {', '.join(names)}"

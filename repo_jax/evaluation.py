@@ -1,0 +1,53 @@
+"""Held-out pairs scored: metrics that are means over pairs, whatever the rows and batches."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from repo_jax.data.chat import PairTokens
+from repo_jax.data.rows import row_batches
+from repo_jax.losses import PairLogps
+from repo_jax.models.decoder import param_shapes
+from repo_jax.models.hf import from_hf
+from repo_jax.preparation import Setup
+from repo_jax.sharding import param_shardings
+from repo_jax.step import Scorer
+
+GROUP = 256  # pairs that are packed together
+
+
+class Evaluation(NamedTuple):
+    metrics: dict[str, float]  # preference_metrics over all pairs
+    margins_B: np.ndarray  # mean-token margin of every pair, in the order of the file
+
+
+def score_pairs(scorer: Scorer, params: dict, pairs: Sequence[PairTokens]) -> PairLogps:
+    """Log-probs of every pair, in order, on the host."""
+    groups = []
+    for start in tqdm(range(0, len(pairs), GROUP), desc="scoring", unit=f" x {GROUP} pairs", disable=None, leave=False):
+        group = [pairs[i] for i in range(start, min(start + GROUP, len(pairs)))]
+        scored = jax.device_get(scorer(params, row_batches(group, scorer.shape, B=GROUP)))
+        groups.append(jax.tree.map(lambda x_B2, n=len(group): x_B2[:n], scored))
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *groups)
+
+
+def evaluate_pairs(scorer: Scorer, params: dict, pairs: Sequence[PairTokens]) -> Evaluation:
+    """Metrics over all pairs, as training logs them over a batch."""
+    scored = score_pairs(scorer, params, pairs)
+    _, metrics = scorer.weigh(jax.device_put(scored))
+    return Evaluation({name: float(value) for name, value in metrics.items()}, np.asarray(scored.mean_margin_B))
+
+
+def evaluate_model(setup: Setup) -> dict[str, float]:
+    """The metrics of a model folder on its held-out pairs, mean_margin (nats per token) and their number among them."""
+    params = from_hf(setup.recipe.model.model_name_or_path, setup.cfg, param_shardings(param_shapes(setup.cfg), setup.mesh))
+    scorer = Scorer(setup.model, setup.loss, setup.hparams, setup.mesh, setup.shape)
+    return summarize(evaluate_pairs(scorer, params, setup.held_out)) | {"pairs": len(setup.held_out)}
+
+
+def summarize(evaluation: Evaluation) -> dict[str, float]:
+    """The metrics with the mean margin, which no beta scales."""
+    return evaluation.metrics | {"mean_margin": float(evaluation.margins_B.mean())}

@@ -1,0 +1,91 @@
+"""What people would rather look at than read: report.md and its plots."""
+
+import json
+import pathlib
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")  # no display is needed, or looked for
+from matplotlib import pyplot as plt
+
+SUMMARY = {
+    # metric                 what it is called
+    "rewards/accuracies": "held-out ranking accuracy",
+    "mean_margin":        "mean margin (nats per token)",
+    "active_fraction":    "active fraction",
+}  # fmt: skip
+
+
+def summary_rows(before: dict, after: dict) -> list[tuple[str, float, float]]:
+    """(what, before, after) for the three numbers that matter."""
+    return [(words, before[name], after[name]) for name, words in SUMMARY.items()]
+
+
+def summary_text(before: dict, after: dict) -> str:
+    """The three numbers as an aligned table for a terminal."""
+    rows = [("", "before", "after")] + [(what, f"{b:+.3f}", f"{a:+.3f}") for what, b, a in summary_rows(before, after)]
+    return "\n".join(f"  {what:<30}{b:>9}{a:>9}" for what, b, a in rows)
+
+
+def write_report(
+    folder: pathlib.Path, *, metrics: list[dict], margins: tuple[np.ndarray, np.ndarray] | None, results: dict | None, gamma: float, about: list[str]
+) -> pathlib.Path:
+    """report.md in FOLDER with three plots beside it; returns its path.
+
+    metrics: the lines of metrics.jsonl; margins: held-out margins before and after; results: eval_results.json; about: lines
+    that say what the run was.
+    """
+    steps = [line for line in metrics if "loss" in line]
+    lines = ["# Report", "", *about, ""]
+    if results is not None:
+        lines += ["| held-out pairs | before | after |", "| --- | --- | --- |"]
+        lines += [f"| {what} | {b:.4f} | {a:.4f} |" for what, b, a in summary_rows(results["before"], results["after"])]
+        lines += ["", f"{results['pairs']} pairs. Accuracy counts pairs with margin above 0; a pair is active while its gradient is not 0.", ""]
+    _curve(folder / "loss.png", steps, "loss", "loss", color="#3b6ea5")
+    lines += ["![loss](loss.png)", ""]
+    if margins is not None:
+        _histogram(folder / "margins.png", *margins, gamma=gamma)
+        lines += ["![margins](margins.png)", ""]
+    _curve(folder / "active_fraction.png", steps, "active_fraction", "active fraction", color="#b3541e", limits=(0, 1.02))
+    lines += ["![active fraction](active_fraction.png)", ""]
+    if steps:
+        last = steps[-1]
+        names = [name for name in last if isinstance(last[name], int | float)]
+        lines += ["## The last logged update", "", "| metric | value |", "| --- | --- |"]
+        lines += [f"| {name} | {last[name]:.6g} |" for name in names] + [""]
+    path = folder / "report.md"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def read_metrics(path: pathlib.Path) -> list[dict]:
+    """The lines of a metrics.jsonl; a last line that was cut off in the middle is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]  # what follows the last newline was never finished
+
+
+def _curve(path, steps, name, label, *, color, limits=None):
+    figure, axes = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
+    axes.plot([line["step"] for line in steps], [line[name] for line in steps], color=color, linewidth=1.4)
+    axes.set(xlabel="update", ylabel=label)
+    if limits:
+        axes.set_ylim(*limits)
+    axes.grid(alpha=0.25)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _histogram(path, before_B, after_B, *, gamma):
+    figure, axes = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
+    low, high = np.quantile(np.concatenate([before_B, after_B]), [0.005, 0.995])
+    bins = np.linspace(low, high, 41)
+    axes.hist(before_B, bins, alpha=0.55, label="before", color="#8a8a8a")
+    axes.hist(after_B, bins, alpha=0.55, label="after", color="#3b6ea5")
+    axes.axvline(gamma, color="#b3541e", linestyle="--", label=f"gamma = {gamma:g}")
+    axes.set(xlabel="margin M: mean log-prob chosen - rejected (nats per token)", ylabel="held-out pairs")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

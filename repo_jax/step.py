@@ -1,0 +1,163 @@
+"""One update on one global batch: score, weigh, push back.
+
+Axis letters: R rows, T token slots, S scored tokens, B pairs of the global batch; 2 is (chosen, rejected).
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from repo_jax.data.chat import PairTokens
+from repo_jax.data.rows import RowBatch, RowShape, row_batches
+from repo_jax.logps import pair_logps
+from repo_jax.losses import Loss, PairLogps
+from repo_jax.metrics import preference_metrics
+from repo_jax.models.decoder import Decoder
+from repo_jax.sharding import BATCH
+from repo_jax.state import TrainState
+
+
+def place(batch: RowBatch, mesh: Mesh) -> RowBatch:
+    """Rows spread over data and fsdp, the rest on every device; each process copies its own rows only."""
+
+    def put(name, array):
+        sharding = NamedSharding(mesh, P() if name == "filled_B" else BATCH)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return RowBatch(*(put(name, array) for name, array in batch._asdict().items()))
+
+
+class Gathered(NamedTuple):
+    """What micro-batches add up to."""
+
+    grads: dict  # float32, of the sum over the pairs so far divided by B
+    pairs: PairLogps  # zero where a pair has not come yet
+
+
+def no_pairs(B: int) -> PairLogps:
+    return PairLogps(jnp.zeros((B, 2), jnp.float32), jnp.zeros((B, 2), jnp.float32))
+
+
+def add(one, other):
+    return jax.tree.map(jnp.add, one, other)
+
+
+def score(pairs: PairLogps, params: dict, batch: RowBatch, *, model: Decoder) -> PairLogps:
+    """The pairs so far and those of this batch; a pair is in exactly one batch, so sums put them together."""
+    return add(pairs, pair_logps(model, params, batch))
+
+
+def add_direct(gathered: Gathered, params: dict, batch: RowBatch, hparams: dict, *, model: Decoder, loss: Loss) -> Gathered:
+    """Forward and backward of the loss over the pairs of this batch. Divides by B, the pairs of the global batch."""
+
+    def objective(params):
+        pairs = pair_logps(model, params, batch)
+        return jnp.sum(loss.fn(pairs, **hparams), where=batch.filled_B) / len(batch.filled_B), pairs
+
+    grads, pairs = jax.grad(objective, has_aux=True)(params)
+    return add(gathered, Gathered(grads, pairs))
+
+
+def add_weighted(grads: dict, params: dict, batch: RowBatch, slopes_B2, *, model: Decoder) -> dict:
+    """Backward of a log-likelihood weighted by constant slopes: the chain rule's second half."""
+
+    def objective(params):
+        return jnp.sum(slopes_B2 * pair_logps(model, params, batch).logps_B2)
+
+    return add(grads, jax.grad(objective)(params))
+
+
+def weigh(pairs: PairLogps, hparams: dict, *, loss: Loss) -> tuple[jax.Array, dict]:
+    """slopes_B2 = d mean loss / d log-prob of every answer, over the whole global batch, and the metrics."""
+
+    def objective(logps_B2):
+        losses_B = loss.fn(pairs._replace(logps_B2=logps_B2), **hparams)
+        return jnp.sum(losses_B, where=pairs.lengths_B2[:, 0] > 0) / len(losses_B), losses_B
+
+    slopes_B2, losses_B = jax.grad(objective, has_aux=True)(pairs.logps_B2)
+    return slopes_B2, preference_metrics(pairs, losses_B, slopes_B2, hparams)
+
+
+def update(state: TrainState, grads: dict, *, optimizer: optax.GradientTransformation) -> tuple[TrainState, jax.Array]:
+    """The new state and the gradient's norm before clipping."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(state.step + 1, params, opt_state), optax.tree.norm(grads)
+
+
+class Scorer:
+    """Scores pairs in rows of one shape on one mesh."""
+
+    def __init__(self, model: Decoder, loss: Loss, hparams: dict, mesh: Mesh, shape: RowShape):
+        everywhere = NamedSharding(mesh, P())
+        self.mesh, self.shape = mesh, shape
+        self.hparams = jax.device_put({name: np.float32(value) for name, value in hparams.items()}, everywhere)
+        self._score = jax.jit(functools.partial(score, model=model), donate_argnums=0, out_shardings=everywhere)
+        self._weigh = jax.jit(functools.partial(weigh, loss=loss), out_shardings=everywhere)
+        self._no_pairs = jax.jit(no_pairs, static_argnums=0, out_shardings=everywhere)
+
+    def __call__(self, params: dict, batches: Sequence[RowBatch]) -> PairLogps:
+        """The log-probs of every pair in the batches, which share one numbering of pairs."""
+        with jax.set_mesh(self.mesh):
+            pairs = self._no_pairs(len(batches[0].filled_B))
+            for batch in batches:
+                pairs = self._score(pairs, params, place(batch, self.mesh))
+        return pairs
+
+    def weigh(self, pairs: PairLogps) -> tuple[jax.Array, dict]:
+        with jax.set_mesh(self.mesh):
+            return self._weigh(pairs, self.hparams)
+
+
+class TrainStep:
+    """One update on one global batch, in either of two exact forms.
+
+    direct: forward and backward of every row, once. two_pass: score every row; weigh all pairs of the global batch together;
+    pack only the answers whose slope is not 0 into rows again and run forward and backward for those.
+    """
+
+    def __init__(self, scorer: Scorer, model: Decoder, loss: Loss, optimizer, shardings: TrainState, *, mode: str):
+        everywhere = NamedSharding(scorer.mesh, P())
+        self._scorer, self._mode = scorer, mode
+        self._zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), out_shardings=shardings.params)
+        self._add_direct = jax.jit(
+            functools.partial(add_direct, model=model, loss=loss),
+            donate_argnums=0,
+            out_shardings=Gathered(shardings.params, everywhere),
+        )
+        self._add_weighted = jax.jit(
+            functools.partial(add_weighted, model=model), donate_argnums=0, out_shardings=shardings.params
+        )
+        self._update = jax.jit(
+            functools.partial(update, optimizer=optimizer), donate_argnums=(0, 1), out_shardings=(shardings, everywhere)
+        )
+
+    def __call__(self, state: TrainState, pairs: Sequence[PairTokens]) -> tuple[TrainState, dict]:
+        """The state after the update, and metrics: device scalars that need not be waited for."""
+        scorer = self._scorer
+        batches = row_batches(pairs, scorer.shape)
+        with jax.set_mesh(scorer.mesh):
+            grads = self._zeros(state.params)
+            if self._mode == "direct":
+                gathered = Gathered(grads, scorer._no_pairs(len(pairs)))
+                for batch in batches:
+                    gathered = self._add_direct(gathered, state.params, place(batch, scorer.mesh), scorer.hparams)
+                grads = gathered.grads
+                _, metrics = scorer.weigh(gathered.pairs)
+            else:
+                slopes_B2, metrics = scorer.weigh(scorer(state.params, batches))
+                # The one wait of this form: which answers to push back decides which rows there are.
+                wanted_B2 = np.asarray(jax.device_get(slopes_B2)) != 0
+                for batch in row_batches(pairs, scorer.shape, wanted_B2=wanted_B2):
+                    grads = self._add_weighted(grads, state.params, place(batch, scorer.mesh), slopes_B2)
+            state, grad_norm = self._update(state, grads)
+        tokens = sum(pair.slots for pair in pairs)
+        slots = len(batches) * scorer.shape.R * scorer.shape.T
+        return state, metrics | {"grad_norm": grad_norm, "padding_fraction": 1 - tokens / slots, "num_tokens": tokens}
