@@ -35,7 +35,9 @@ class Checkpoints:
     """The checkpoints of one run folder; close it, or use it in a with statement, to wait for the last write."""
 
     def __init__(self, folder: str | pathlib.Path, *, keep: int):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, step_name_format=_Names(), enable_async_checkpointing=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, step_name_format=_Names(), enable_async_checkpointing=True
+        )
         self.folder = pathlib.Path(folder).absolute()
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -73,4 +75,6 @@ def restore_params(checkpoint: str | pathlib.Path, shapes: dict, shardings: dict
 
 
 def _placed(shapes, shardings):
-    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+    )

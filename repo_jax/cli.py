@@ -76,7 +76,9 @@ def parse(argv: list[str]):
         command.set_defaults(function=function)
         return command
 
-    train = add("train", train_command, "train by a recipe, evaluate, export and report; goes on from the newest checkpoint")
+    train = add(
+        "train", train_command, "train by a recipe, evaluate, export and report; goes on from the newest checkpoint"
+    )
     train.add_argument("config", help="the recipe, a YAML file")
     add_recipe_flags(train)
     evaluate = add("evaluate", evaluate_command, "score held-out pairs with a model and print the metrics as JSON")
@@ -84,7 +86,7 @@ def parse(argv: list[str]):
     evaluate.add_argument("--model", metavar="DIR", help="folder of a Hugging Face model (model.model_name_or_path)")
     evaluate.add_argument("--data", metavar="FILE", help="preference pairs (data.eval_dataset_name)")
     evaluate.add_argument("--output", metavar="FILE", help="where to write the JSON as well")
-    add_recipe_flags(evaluate, taken={"data"})
+    add_recipe_flags(evaluate, taken=frozenset({"data"}))
     export = add("export", export_command, "write a checkpoint as a Hugging Face folder")
     export.add_argument("--checkpoint", required=True, metavar="DIR", help="a checkpoint-N folder in a run's folder")
     export.add_argument("--output", required=True, metavar="DIR", help="the folder to write")
@@ -93,7 +95,7 @@ def parse(argv: list[str]):
     return arguments, arguments.function, overrides
 
 
-def add_recipe_flags(parser: argparse.ArgumentParser, taken: set[str] = frozenset()) -> None:
+def add_recipe_flags(parser: argparse.ArgumentParser, taken: frozenset[str] = frozenset()) -> None:
     """A flag for every leaf of the recipe, under its own name and under section.name; values are read as YAML reads them."""
     from repo_jax.losses import LOSSES, hyperparameters
 
@@ -108,14 +110,23 @@ def add_recipe_flags(parser: argparse.ArgumentParser, taken: set[str] = frozense
                 for name, default in hyperparameters(loss).items():
                     takers.setdefault(name, []).append(f"{kind} {default:g}")
             for name, words in takers.items():
-                text = f"the objective: {', '.join(words)} (default: repo)" if name == "loss_type" else f"of {', '.join(words)}"
+                text = (
+                    f"the objective: {', '.join(words)} (default: repo)"
+                    if name == "loss_type"
+                    else f"of {', '.join(words)}"
+                )
                 add_flag(group, section, name, text, taken)
 
 
-def add_flag(group, section: str, name: str, words: str, taken: set[str]) -> None:
+def add_flag(group, section: str, name: str, words: str, taken: frozenset[str]) -> None:
     flags = [f"--{section}.{name}"] if name in taken else [f"--{name}", f"--{section}.{name}"]
     group.add_argument(
-        *flags, dest=f"{section}.{name}", default=argparse.SUPPRESS, type=yaml_value, metavar="X", help=words.replace("%", "%%")
+        *flags,
+        dest=f"{section}.{name}",
+        default=argparse.SUPPRESS,
+        type=yaml_value,
+        metavar="X",
+        help=words.replace("%", "%%"),
     )
 
 
@@ -128,5 +139,3 @@ def yaml_value(text: str):
         return read_yaml(text)
     except ValueError:
         return text
-
-

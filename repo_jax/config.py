@@ -20,27 +20,41 @@ STRICT = pydantic.ConfigDict(extra="forbid")
 @dataclass(frozen=True, config=STRICT)
 class ModelSection:
     model_name_or_path: str = Field(description="folder of a Hugging Face model: config.json, safetensors, tokenizer")
-    chat_template: str | None = Field(None, description="Jinja text or the path of a .jinja file; null: the tokenizer's own")
+    chat_template: str | None = Field(
+        None, description="Jinja text or the path of a .jinja file; null: the tokenizer's own"
+    )
     eos_token: str | None = Field(None, description="the token that ends an answer; null: the tokenizer's own")
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="what the model computes in, over float32 parameters; auto: bfloat16 on TPU and GPU, float32 on CPU"
+        "auto",
+        description="what the model computes in, over float32 parameters; auto: bfloat16 on TPU and GPU, float32 on CPU",
     )
     remat: Literal["none", "dots", "full"] = Field(
-        "full", description="what the backward pass computes again: nothing, all but weight matmuls, or all of each layer"
+        "full",
+        description="what the backward pass computes again: nothing, all but weight matmuls, or all of each layer",
     )
 
 
 @dataclass(frozen=True, config=STRICT)
 class DataSection:
-    dataset_name: str | None = Field(None, description="preference pairs: a .jsonl file, or a folder with one per split")
-    eval_dataset_name: str | None = Field(None, description="held-out pairs, likewise; null: the test split of dataset_name if that is a folder")
+    dataset_name: str | None = Field(
+        None, description="preference pairs: a .jsonl file, or a folder with one per split"
+    )
+    eval_dataset_name: str | None = Field(
+        None, description="held-out pairs, likewise; null: the test split of dataset_name if that is a folder"
+    )
     dataset_train_split: str = Field("train", description="the split to train on, where dataset_name is a folder")
     dataset_test_split: str = Field("test", description="the split to evaluate on, where the data set is a folder")
     max_length: int | None = Field(
-        None, ge=2, description="tokens of prompt + longer answer; pairs over it are dropped and counted; null: the model's positions"
+        None,
+        ge=2,
+        description="tokens of prompt + longer answer; pairs over it are dropped and counted; null: the model's positions",
     )
-    row_length: int | None = Field(None, ge=3, description="token slots of a packed row; null: the longest pair, rounded up to 128")
-    scored_length: int | None = Field(None, ge=2, description="scored tokens a row has room for; null: suggested from the data")
+    row_length: int | None = Field(
+        None, ge=3, description="token slots of a packed row; null: the longest pair, rounded up to 128"
+    )
+    scored_length: int | None = Field(
+        None, ge=2, description="scored tokens a row has room for; null: suggested from the data"
+    )
     rows_per_device: int = Field(4, ge=1, description="rows a device takes through the model at a time")
     cache_dir: str = Field("~/.cache/repo_jax", description="where tokenized data sets are kept")
 
@@ -51,15 +65,20 @@ class OptimSection:
     num_train_epochs: float = Field(1.0, gt=0, description="passes over the pairs")
     max_steps: int | None = Field(None, ge=1, description="updates; null: as num_train_epochs says")
     learning_rate: float = Field(1e-6, gt=0, description="peak learning rate of AdamW")
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up: to 0 by half a cosine, to 0 by a line, or flat")
-    warmup_ratio: float = Field(0.1, ge=0, le=1, description="share of the updates in which the learning rate rises from 0")
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="after the warm-up: to 0 by half a cosine, to 0 by a line, or flat"
+    )
+    warmup_ratio: float = Field(
+        0.1, ge=0, le=1, description="share of the updates in which the learning rate rises from 0"
+    )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's, on matrices only")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment")
     adam_epsilon: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     max_grad_norm: float | None = Field(1.0, gt=0, description="gradients are scaled down to this norm; null: never")
     mode: Literal["direct", "two_pass"] = Field(
-        "direct", description="direct: one forward and backward for every pair; two_pass: score all, then backward only where the gradient is not 0"
+        "direct",
+        description="direct: one forward and backward for every pair; two_pass: score all, then backward only where the gradient is not 0",
     )
 
 
@@ -75,7 +94,9 @@ class MeshSection:
             if size != -1 and size < 1:
                 raise ValueError(f"mesh.{axis}={size}; give a number of devices from 1, or -1 for those that are left")
         if list(sizes.values()).count(-1) > 1:
-            raise ValueError(f"only one mesh axis may be -1, given {' '.join(f'{a}={s}' for a, s in sizes.items())}; name a number for the others")
+            raise ValueError(
+                f"only one mesh axis may be -1, given {' '.join(f'{a}={s}' for a, s in sizes.items())}; name a number for the others"
+            )
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -83,7 +104,9 @@ class RunSection:
     output_dir: str = Field("runs/repo", description="the run's folder: recipe, metrics, checkpoints, report, hf/")
     seed: int = Field(42, ge=0, description="decides the order of the pairs")
     logging_steps: int = Field(1, ge=1, description="updates between lines of metrics.jsonl")
-    eval_steps: int | None = Field(None, ge=1, description="updates between evaluations; null: before and after training only")
+    eval_steps: int | None = Field(
+        None, ge=1, description="updates between evaluations; null: before and after training only"
+    )
     save_steps: int = Field(100, ge=1, description="updates between checkpoints; one more is written at the end")
     save_total_limit: int = Field(2, ge=1, description="checkpoints kept")
 
@@ -115,7 +138,9 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1, but 1e-6 is a number."""
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), "-+.0123456789")
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), "-+.0123456789"
+)
 
 
 def read_yaml(text: str):

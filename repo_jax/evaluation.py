@@ -43,7 +43,9 @@ def evaluate_pairs(scorer: Scorer, params: dict, pairs: Sequence[PairTokens]) ->
 
 def evaluate_model(setup: Setup) -> dict[str, float]:
     """The metrics of a model folder on its held-out pairs, mean_margin (nats per token) and their number among them."""
-    params = from_hf(setup.recipe.model.model_name_or_path, setup.cfg, param_shardings(param_shapes(setup.cfg), setup.mesh))
+    params = from_hf(
+        setup.recipe.model.model_name_or_path, setup.cfg, param_shardings(param_shapes(setup.cfg), setup.mesh)
+    )
     scorer = Scorer(setup.model, setup.loss, setup.hparams, setup.mesh, setup.shape)
     return summarize(evaluate_pairs(scorer, params, setup.held_out)) | {"pairs": len(setup.held_out)}
 

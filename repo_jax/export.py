@@ -24,7 +24,9 @@ from repo_jax.step import place
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
 
-def export_model(params: dict, cfg: DecoderConfig, mesh: Mesh, *, base: pathlib.Path, output: pathlib.Path, card: str) -> float:
+def export_model(
+    params: dict, cfg: DecoderConfig, mesh: Mesh, *, base: pathlib.Path, output: pathlib.Path, card: str
+) -> float:
     """Writes a Hugging Face folder (weights, config, generation config, tokenizer, model card) and proves that it reads back.
 
     `base` holds all of that but weights and card (write_base). Everything is written to a temporary folder, reloaded, its
@@ -43,7 +45,9 @@ def export_model(params: dict, cfg: DecoderConfig, mesh: Mesh, *, base: pathlib.
         reloaded = hf.from_hf(folder, DecoderConfig.from_hf(folder), jax.tree.map(lambda leaf: leaf.sharding, params))
         difference = float(np.abs(probe(reloaded, cfg, mesh) - probe(params, cfg, mesh)).max())
         if not difference <= TOLERANCE[dtype]:
-            raise RuntimeError(f"the exported model's log-probs differ by {difference:.2g} nats per token from the trained one's; nothing was written")
+            raise RuntimeError(
+                f"the exported model's log-probs differ by {difference:.2g} nats per token from the trained one's; nothing was written"
+            )
         if output.exists():
             shutil.rmtree(output)
         folder.rename(output)
@@ -61,7 +65,10 @@ def write_base(model: str, tokenizer, folder: pathlib.Path) -> None:
     end token. A run keeps it, so that its checkpoints can be exported when the model they started from is gone."""
     folder.mkdir(parents=True, exist_ok=True)
     source, eos = pathlib.Path(model), tokenizer.eos_token_id
-    config = json.loads((source / "config.json").read_text()) | {"eos_token_id": eos, "dtype": hf.TensorFiles(source).dtype()}
+    config = json.loads((source / "config.json").read_text()) | {
+        "eos_token_id": eos,
+        "dtype": hf.TensorFiles(source).dtype(),
+    }
     config.pop("torch_dtype", None)  # transformers 4's name of dtype
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     stored = source / "generation_config.json"
@@ -88,7 +95,15 @@ def probe(params: dict, cfg: DecoderConfig, mesh: Mesh) -> np.ndarray:
 
 def model_card(recipe_yaml: str, *, base: str, results: dict | None) -> str:
     """README.md of an exported model: where it came from, the recipe, and what was measured."""
-    lines = ["---", "library_name: transformers", "tags: [preference-optimization, repo_jax]", "---", "", "# Aligned with repo_jax", ""]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [preference-optimization, repo_jax]",
+        "---",
+        "",
+        "# Aligned with repo_jax",
+        "",
+    ]
     lines += [f"Started from `{base}`.", ""]
     if results is not None:
         lines += [f"On {results['pairs']} held-out pairs:", "", "| | before | after |", "| --- | --- | --- |"]
@@ -102,7 +117,9 @@ def run_of(checkpoint: str) -> pathlib.Path:
     """The run's folder around a checkpoint. Raises FileNotFoundError for what is not a checkpoint of a run."""
     path = pathlib.Path(checkpoint).absolute()
     if not path.is_dir() or not (path.parent / "base" / "config.json").is_file():
-        raise FileNotFoundError(f"'{checkpoint}' is not a checkpoint-N folder in the folder of a run; give the path of one")
+        raise FileNotFoundError(
+            f"'{checkpoint}' is not a checkpoint-N folder in the folder of a run; give the path of one"
+        )
     return path.parent
 
 

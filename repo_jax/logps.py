@@ -126,7 +126,9 @@ def _token_logps_bwd(residuals, g_RS):
 
     with exact_matmuls(dtype):
         start = local(jnp.zeros((G, V, D), jnp.float32))
-        dhead_GVD, dx = jax.lax.scan(chunk, start, (_chunks(source_RSD), _chunks(targets_RS), _chunks(lse_RS), _chunks(g_RS)))
+        dhead_GVD, dx = jax.lax.scan(
+            chunk, start, (_chunks(source_RSD), _chunks(targets_RS), _chunks(lse_RS), _chunks(g_RS))
+        )
     return _unchunk(dx), dhead_GVD.sum(axis=0).astype(head_VD.dtype), None
 
 

@@ -37,7 +37,9 @@ class Setup(NamedTuple):
 
     @property
     def model(self) -> Decoder:
-        return Decoder(self.cfg, compute_dtype(self.recipe.model.compute_dtype), self.recipe.model.remat)
+        dtype = compute_dtype(self.recipe.model.compute_dtype)
+        one_cpu = self.mesh.size == 1 and jax.default_backend() == "cpu"
+        return Decoder(self.cfg, dtype, self.recipe.model.remat, attention="blocked" if one_cpu else "dense")
 
 
 def compute_dtype(name: str):
@@ -59,7 +61,9 @@ def set_up(recipe: Recipe, *, training: bool) -> Setup:
         recipe.model.model_name_or_path, chat_template=recipe.model.chat_template, eos_token=recipe.model.eos_token
     )
     if (largest := len(tokenizer)) > cfg.V:
-        raise ValueError(f"the tokenizer has {largest} tokens but the model embeds {cfg.V}; give the tokenizer that belongs to the model")
+        raise ValueError(
+            f"the tokenizer has {largest} tokens but the model embeds {cfg.V}; give the tokenizer that belongs to the model"
+        )
     train_path, held_out_path = _paths(recipe, training=training)
     train = _open(train_path, recipe, cfg, tokenizer)
     held_out = _open(held_out_path, recipe, cfg, tokenizer)
@@ -75,7 +79,9 @@ def _paths(recipe: Recipe, *, training: bool) -> tuple[pathlib.Path | None, path
     train = held_out = None
     if training:
         if data.dataset_name is None:
-            raise ValueError("recipe.data.dataset_name is not set; give a .jsonl file of preference pairs, or a folder of them")
+            raise ValueError(
+                "recipe.data.dataset_name is not set; give a .jsonl file of preference pairs, or a folder of them"
+            )
         train = resolve_split(data.dataset_name, data.dataset_train_split)
     if data.eval_dataset_name is not None:
         held_out = resolve_split(data.eval_dataset_name, data.dataset_test_split)
@@ -91,7 +97,9 @@ def _open(path, recipe: Recipe, cfg: DecoderConfig, tokenizer) -> TokenStore | N
         return None
     max_length = recipe.data.max_length or cfg.max_positions
     if max_length > cfg.max_positions:
-        raise ValueError(f"max_length={max_length} but the model has {cfg.max_positions} positions; lower max_length to at most that")
+        raise ValueError(
+            f"max_length={max_length} but the model has {cfg.max_positions} positions; lower max_length to at most that"
+        )
     store = open_store(path, tokenizer, max_length=max_length, cache_dir=recipe.data.cache_dir)
     if len(store) == 0:
         reasons = ", ".join(f"{count} {reason}" for reason, count in store.dropped.items()) or "the file has no rows"

@@ -29,7 +29,13 @@ def summary_text(before: dict, after: dict) -> str:
 
 
 def write_report(
-    folder: pathlib.Path, *, metrics: list[dict], margins: tuple[np.ndarray, np.ndarray] | None, results: dict | None, gamma: float, about: list[str]
+    folder: pathlib.Path,
+    *,
+    metrics: list[dict],
+    margins: tuple[np.ndarray, np.ndarray] | None,
+    results: dict | None,
+    gamma: float,
+    about: list[str],
 ) -> pathlib.Path:
     """report.md in FOLDER with three plots beside it; returns its path.
 
@@ -41,13 +47,19 @@ def write_report(
     if results is not None:
         lines += ["| held-out pairs | before | after |", "| --- | --- | --- |"]
         lines += [f"| {what} | {b:.4f} | {a:.4f} |" for what, b, a in summary_rows(results["before"], results["after"])]
-        lines += ["", f"{results['pairs']} pairs. Accuracy counts pairs with margin above 0; a pair is active while its gradient is not 0.", ""]
+        lines += [
+            "",
+            f"{results['pairs']} pairs. Accuracy counts pairs with margin above 0; a pair is active while its gradient is not 0.",
+            "",
+        ]
     _curve(folder / "loss.png", steps, "loss", "loss", color="#3b6ea5")
     lines += ["![loss](loss.png)", ""]
     if margins is not None:
         _histogram(folder / "margins.png", *margins, gamma=gamma)
         lines += ["![margins](margins.png)", ""]
-    _curve(folder / "active_fraction.png", steps, "active_fraction", "active fraction", color="#b3541e", limits=(0, 1.02))
+    _curve(
+        folder / "active_fraction.png", steps, "active_fraction", "active fraction", color="#b3541e", limits=(0, 1.02)
+    )
     lines += ["![active fraction](active_fraction.png)", ""]
     if steps:
         last = steps[-1]

@@ -54,7 +54,9 @@ def score(pairs: PairLogps, params: dict, batch: RowBatch, *, model: Decoder) ->
     return add(pairs, pair_logps(model, params, batch))
 
 
-def add_direct(gathered: Gathered, params: dict, batch: RowBatch, hparams: dict, *, model: Decoder, loss: Loss) -> Gathered:
+def add_direct(
+    gathered: Gathered, params: dict, batch: RowBatch, hparams: dict, *, model: Decoder, loss: Loss
+) -> Gathered:
     """Forward and backward of the loss over the pairs of this batch. Divides by B, the pairs of the global batch."""
 
     def objective(params):

@@ -45,7 +45,9 @@ def train(setup: Setup) -> pathlib.Path:
     with Checkpoints(folder, keep=recipe.run.save_total_limit) as checkpoints:
         start = checkpoints.latest() or 0
         if start:
-            say(f"going on from {folder}/checkpoint-{start}: {setup.total_steps - start} of {setup.total_steps} updates are left")
+            say(
+                f"going on from {folder}/checkpoint-{start}: {setup.total_steps - start} of {setup.total_steps} updates are left"
+            )
             state = checkpoints.restore(start, shapes, shardings)
         else:
             params = from_hf(recipe.model.model_name_or_path, setup.cfg, shardings.params)
@@ -59,7 +61,9 @@ def train(setup: Setup) -> pathlib.Path:
     return folder
 
 
-def run_updates(setup: Setup, state: TrainState, step: TrainStep, scorer: Scorer, checkpoints: Checkpoints, log: "Log", start: int) -> TrainState:
+def run_updates(
+    setup: Setup, state: TrainState, step: TrainStep, scorer: Scorer, checkpoints: Checkpoints, log: "Log", start: int
+) -> TrainState:
     """Updates start .. total_steps - 1. The device is never waited for but to log the update before the one that runs."""
     recipe, total = setup.recipe, setup.total_steps
     options = {"pairs": len(setup.train), "train_batch_size": recipe.optim.train_batch_size, "seed": recipe.run.seed}
@@ -121,7 +125,9 @@ def finish(setup: Setup, state: TrainState, folder: pathlib.Path) -> None:
     if results is not None:
         margins = tuple(np.load(folder / f"margins_{when}.npy") for when in ("before", "after"))
     card = model_card(dump_recipe(setup.recipe), base=setup.recipe.model.model_name_or_path, results=results)
-    difference = export_model(state.params, setup.cfg, setup.mesh, base=folder / "base", output=folder / "hf", card=card)
+    difference = export_model(
+        state.params, setup.cfg, setup.mesh, base=folder / "base", output=folder / "hf", card=card
+    )
     report = write_report(
         folder,
         metrics=read_metrics(folder / "metrics.jsonl"),
@@ -143,11 +149,16 @@ def describe(setup: Setup) -> str:
     lines = [f"{recipe.loss.get('loss_type', 'repo')} ({objective}) on {recipe.model.model_name_or_path}"]
     for name, store in (("training", setup.train), ("held-out", setup.held_out)):
         if store is not None:
-            dropped = "".join(f"; dropped {n} {why} ({', '.join(store.dropped_ids[why])}{', ...' if n > len(store.dropped_ids[why]) else ''})" for why, n in store.dropped.items())
+            dropped = "".join(
+                f"; dropped {n} {why} ({', '.join(store.dropped_ids[why])}{', ...' if n > len(store.dropped_ids[why]) else ''})"
+                for why, n in store.dropped.items()
+            )
             lines.append(f"{name}: {len(store)} pairs{dropped}")
     R, T, S = setup.shape
     mesh = " x ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
-    lines.append(f"{setup.total_steps} updates of {recipe.optim.train_batch_size} pairs, {R} rows of {T} slots ({S} scored) at a time, on {mesh}")
+    lines.append(
+        f"{setup.total_steps} updates of {recipe.optim.train_batch_size} pairs, {R} rows of {T} slots ({S} scored) at a time, on {mesh}"
+    )
     return "\n".join(lines)
 
 
@@ -158,13 +169,18 @@ def claim(setup: Setup) -> None:
     """
     recipe, folder = setup.recipe, pathlib.Path(setup.recipe.run.output_dir)
     check_output(folder / "hf")
-    identity = {"recipe": _fixed(recipe), "data": {"train": setup.train.key, "held_out": setup.held_out and setup.held_out.key}}
+    identity = {
+        "recipe": _fixed(recipe),
+        "data": {"train": setup.train.key, "held_out": setup.held_out and setup.held_out.key},
+    }
     claimed = folder / "recipe.yaml"
     if claimed.exists():
         before = yaml.safe_load((folder / "identity.yaml").read_text(encoding="utf-8"))
         changes = _differences(before, identity)
         if changes:
-            raise ValueError(f"output_dir='{folder}' holds another run ({'; '.join(changes)}); name a new output_dir, or remove that folder")
+            raise ValueError(
+                f"output_dir='{folder}' holds another run ({'; '.join(changes)}); name a new output_dir, or remove that folder"
+            )
     else:
         folder.mkdir(parents=True, exist_ok=True)
         write_base(recipe.model.model_name_or_path, setup.tokenizer, folder / "base")
@@ -174,7 +190,10 @@ def claim(setup: Setup) -> None:
 
 def _fixed(recipe: Recipe) -> dict:
     tree = yaml.safe_load(dump_recipe(recipe))
-    return {section: {name: value for name, value in fields.items() if name not in FREE.get(section, ())} for section, fields in tree.items()}
+    return {
+        section: {name: value for name, value in fields.items() if name not in FREE.get(section, ())}
+        for section, fields in tree.items()
+    }
 
 
 def _differences(before: dict, now: dict, path: str = "") -> list[str]:
@@ -195,7 +214,7 @@ class Log:
         # Lines beyond the checkpoint belong to updates that will be done again.
         kept = [line for line in read_metrics(path) if line["step"] <= start]
         write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115: open for as long as the run
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for as long as the run
 
     def write(self, line: dict) -> None:
         self._file.write(json.dumps(line) + "\n")

@@ -8,7 +8,9 @@ import numpy as np
 def steps_per_epoch(pairs: int, train_batch_size: int) -> int:
     """Whole batches only: the last partial batch of an epoch is dropped."""
     if pairs < train_batch_size:
-        raise ValueError(f"train_batch_size={train_batch_size} but there are {pairs} pairs to train on; lower train_batch_size to at most {pairs}")
+        raise ValueError(
+            f"train_batch_size={train_batch_size} but there are {pairs} pairs to train on; lower train_batch_size to at most {pairs}"
+        )
     return pairs // train_batch_size
 
 

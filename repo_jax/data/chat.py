@@ -40,24 +40,32 @@ class PairTokens(NamedTuple):
         return len(self.chosen) + len(self.rejected) - sum(self.skips)
 
 
-def load_tokenizer(folder: str, *, chat_template: str | None = None, eos_token: str | None = None) -> PreTrainedTokenizerFast:
+def load_tokenizer(
+    folder: str, *, chat_template: str | None = None, eos_token: str | None = None
+) -> PreTrainedTokenizerFast:
     """The tokenizer of a Hugging Face folder; a template (Jinja text, or a path ending in .jinja) or end token replaces its own."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"'{folder}' has no tokenizer that loads ({str(error).splitlines()[0]}); tokenizer.json is needed") from None
+        raise FileNotFoundError(
+            f"'{folder}' has no tokenizer that loads ({str(error).splitlines()[0]}); tokenizer.json is needed"
+        ) from None
     if not tokenizer.is_fast:
         raise ValueError(f"the tokenizer in '{folder}' gives no character offsets; a tokenizer.json is needed")
     if chat_template is not None:
         if chat_template.endswith(".jinja"):
             path = pathlib.Path(chat_template).expanduser()
             if not path.is_file():
-                raise FileNotFoundError(f"chat_template='{chat_template}' does not exist; give Jinja text or the path of a .jinja file")
+                raise FileNotFoundError(
+                    f"chat_template='{chat_template}' does not exist; give Jinja text or the path of a .jinja file"
+                )
             chat_template = path.read_text(encoding="utf-8")
         tokenizer.chat_template = chat_template
     if eos_token is not None:
         if tokenizer.convert_tokens_to_ids(eos_token) in (None, tokenizer.unk_token_id):
-            raise ValueError(f"eos_token={eos_token!r} is not one token of the tokenizer in '{folder}'; name one of its tokens")
+            raise ValueError(
+                f"eos_token={eos_token!r} is not one token of the tokenizer in '{folder}'; name one of its tokens"
+            )
         tokenizer.eos_token = eos_token
     return tokenizer
 
@@ -80,14 +88,21 @@ def tokenize_pair(tokenizer: PreTrainedTokenizerFast, example: PreferenceExample
         prompt = stripped
     ids, ends = zip(*(_encode(tokenizer, text, boundary=len(prompt)) for text in texts), strict=True)
     if not example.conversational and tokenizer.eos_token_id is not None:
-        ids = [branch if branch and branch[-1] == tokenizer.eos_token_id else [*branch, tokenizer.eos_token_id] for branch in ids]
+        ids = [
+            branch if branch and branch[-1] == tokenizer.eos_token_id else [*branch, tokenizer.eos_token_id]
+            for branch in ids
+        ]
     shared = 0
     while shared < min(ends) and ids[0][shared] == ids[1][shared]:
         shared += 1
     start = [tokenizer.bos_token_id] if has_bos else []
     branches = [np.asarray(branch[shared:], np.int32) for branch in ids]
     return PairTokens(
-        example.id, example.where, np.asarray(start + list(ids[0][:shared]), np.int32), *branches, (ends[0] - shared, ends[1] - shared)
+        example.id,
+        example.where,
+        np.asarray(start + list(ids[0][:shared]), np.int32),
+        *branches,
+        (ends[0] - shared, ends[1] - shared),
     )
 
 

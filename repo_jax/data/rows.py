@@ -64,7 +64,9 @@ def pack(slots: Sequence[int], scored: Sequence[int], T: int, S: int) -> list[li
     return rows
 
 
-def row_batches(pairs: Sequence[PairTokens], shape: RowShape, *, B: int | None = None, wanted_B2: np.ndarray | None = None) -> list[RowBatch]:
+def row_batches(
+    pairs: Sequence[PairTokens], shape: RowShape, *, B: int | None = None, wanted_B2: np.ndarray | None = None
+) -> list[RowBatch]:
     """The pairs of one global batch as row batches of one shape; pair i keeps its number i in all of them.
 
     wanted_B2 leaves out answers (and, where both are left out, pairs); B makes room for more pairs than there are, so that

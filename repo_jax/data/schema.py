@@ -52,11 +52,15 @@ def read_preferences(path: pathlib.Path) -> Iterator[PreferenceExample]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{where} is not JSON: {error.msg} at column {error.colno}; mend or remove the line") from None
+                raise ValueError(
+                    f"{where} is not JSON: {error.msg} at column {error.colno}; mend or remove the line"
+                ) from None
             example = _to_example(row, where, default_id=f"{path.name}:{number}")
             kind = example.conversational if kind is None else kind
             if example.conversational != kind:
-                raise ValueError(f"{where} holds {_kind(not kind)} but the lines before it hold {_kind(kind)}; keep them in separate files")
+                raise ValueError(
+                    f"{where} holds {_kind(not kind)} but the lines before it hold {_kind(kind)}; keep them in separate files"
+                )
             yield example
 
 
@@ -69,7 +73,9 @@ def _to_example(row, where: str, default_id: str) -> PreferenceExample:
         raise ValueError(f"{where} is a JSON {type(row).__name__}; wanted an object with {', '.join(COLUMNS)}")
     for column in COLUMNS:
         if column not in row:
-            raise ValueError(f"{where} has no '{column}'; wanted {', '.join(COLUMNS)}, found {', '.join(row) or 'nothing'}")
+            raise ValueError(
+                f"{where} has no '{column}'; wanted {', '.join(COLUMNS)}, found {', '.join(row) or 'nothing'}"
+            )
     if all(isinstance(row[column], str) for column in COLUMNS):
         pass
     elif all(isinstance(row[column], list) for column in COLUMNS):
@@ -86,4 +92,6 @@ def _check_messages(messages: list, where: str) -> None:
         raise ValueError(f"{where} is an empty list; wanted at least one message")
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise ValueError(f"{where}, message {i} is {json.dumps(message)[:80]}; wanted {{'role': text, 'content': text}}")
+            raise ValueError(
+                f"{where}, message {i} is {json.dumps(message)[:80]}; wanted {{'role': text, 'content': text}}"
+            )

@@ -54,7 +54,13 @@ class _PreferenceTokens(tfds.core.GeneratorBasedBuilder):
 
     def _info(self):
         ids = tfds.features.Tensor(shape=(None,), dtype=np.int32)
-        features = {"id": tfds.features.Text(), "where": tfds.features.Text(), "prompt": ids, "chosen": ids, "rejected": ids}
+        features = {
+            "id": tfds.features.Text(),
+            "where": tfds.features.Text(),
+            "prompt": ids,
+            "chosen": ids,
+            "rejected": ids,
+        }
         features["skips"] = tfds.features.Tensor(shape=(2,), dtype=np.int32)
         return tfds.core.DatasetInfo(
             builder=self, disable_shuffling=True, metadata=self._metadata, features=tfds.features.FeaturesDict(features)
@@ -83,7 +89,9 @@ class _PreferenceTokens(tfds.core.GeneratorBasedBuilder):
 
 def why_dropped(example: PreferenceExample, pair: PairTokens, max_length: int) -> str | None:
     """None for a pair that can be trained on; else empty, identical or over_long."""
-    answers = [answer if isinstance(answer, str) else answer[-1]["content"] for answer in (example.chosen, example.rejected)]
+    answers = [
+        answer if isinstance(answer, str) else answer[-1]["content"] for answer in (example.chosen, example.rejected)
+    ]
     if any(not answer.strip() for answer in answers) or len(pair.prompt) == 0:
         return "empty"
     if example.chosen == example.rejected or np.array_equal(pair.chosen, pair.rejected):
@@ -102,16 +110,24 @@ def open_store(path: pathlib.Path, tokenizer, *, max_length: int, cache_dir: str
     key = _key(path, tokenizer, max_length)
     tfds.disable_progress_bar()
     folder = pathlib.Path(cache_dir).expanduser() / key
-    builder = _PreferenceTokens(path=path, tokenizer=tokenizer, max_length=max_length, data_dir=folder, file_format="array_record")
+    builder = _PreferenceTokens(
+        path=path, tokenizer=tokenizer, max_length=max_length, data_dir=folder, file_format="array_record"
+    )
     if not builder.data_path.exists():
-        with _quiet():
+        with _Quiet():
             builder.download_and_prepare()
     return TokenStore(builder.as_data_source("pairs"), builder.info.metadata, key)
 
 
 def _key(path: pathlib.Path, tokenizer, max_length: int) -> str:
     digest = hashlib.sha256()
-    for part in (tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token, max_length):
+    for part in (
+        tokenizer.backend_tokenizer.to_str(),
+        tokenizer.chat_template,
+        tokenizer.bos_token,
+        tokenizer.eos_token,
+        max_length,
+    ):
         digest.update(repr(part).encode())
     # The file's name and place are part of the stored rows' `where`, which error messages quote.
     digest.update(str(path).encode())
@@ -120,7 +136,7 @@ def _key(path: pathlib.Path, tokenizer, max_length: int) -> str:
     return digest.hexdigest()[:24]
 
 
-class _quiet:
+class _Quiet:
     """Sends TFDS's own announcements, which it prints, to nowhere."""
 
     def __enter__(self):

@@ -6,6 +6,7 @@ Axis letters: B sequences (packed rows), T queries, S keys, N query heads, K key
 import jax
 import jax.numpy as jnp
 
+BLOCK = 128  # queries that attend_blocked takes at a time
 MASKED = -1e30  # finite, so that a padding slot, which sees nothing, yields numbers instead of NaN
 
 
@@ -29,7 +30,7 @@ def visible(segments_BT, prompts_BT):
 
 
 def attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
-    """Grouped-query attention; the softmax runs in float32."""
+    """Grouped-query attention, as plain as it gets: the oracle of every faster form. The softmax runs in float32."""
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKGH = (q_BTNH * H**-0.5).reshape(B, T, K, N // K, H)
@@ -37,3 +38,39 @@ def attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
     logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS, MASKED)
     probs_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(v_BSKH.dtype)
     return jnp.einsum("BKGTS,BSKH->BTKGH", probs_BKGTS, v_BSKH).reshape(B, T, N, H)
+
+
+def attend_blocked(q_BTNH, k_BSKH, v_BSKH, mask_BTS):
+    """attend for one CPU: one head of one row at a time, and of its keys only those up to the end of a block of queries.
+
+    What is worked on stays in the cache, and the blocks above the diagonal are never computed; backward computes the
+    probabilities again.
+    """
+    B, T, N, H = q_BTNH.shape
+    shared = N // k_BSKH.shape[2]  # query heads per key/value head
+
+    def heads_first(x_BTNH):
+        return jnp.moveaxis(x_BTNH, 2, 1).reshape(B * N, T, H)
+
+    @jax.checkpoint
+    def one_head(inputs):
+        q_TH, k_TH, v_TH, row = inputs
+        mask_TS, out = mask_BTS[row], []
+        for start in range(0, T, BLOCK):
+            end = min(start + BLOCK, T)
+            logits_TS = jnp.einsum("TH,SH->TS", q_TH[start:end], k_TH[:end], preferred_element_type=jnp.float32)
+            logits_TS = jnp.where(mask_TS[start:end, :end], logits_TS, MASKED)
+            out.append(jax.nn.softmax(logits_TS, axis=-1).astype(v_TH.dtype) @ v_TH[:end])
+        return jnp.concatenate(out)
+
+    keys, values = (heads_first(jnp.repeat(x_BSKH, shared, axis=2)) for x_BSKH in (k_BSKH, v_BSKH))
+    rows = jnp.repeat(jnp.arange(B), N)
+    out = jax.lax.map(one_head, (heads_first(q_BTNH * H**-0.5), keys, values, rows))
+    return jnp.moveaxis(out.reshape(B, N, T, H), 1, 2)
+
+
+ATTENTION = {
+    # name      function          fastest on
+    "dense":    attend,           # any mesh
+    "blocked":  attend_blocked,   # one CPU device: `benchmarks/attention.py` measures both
+}  # fmt: skip

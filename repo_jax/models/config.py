@@ -43,7 +43,11 @@ class DecoderConfig:
         if family not in FAMILIES:
             raise ValueError(f"model_type {family!r} of {path} is not supported; supported: {', '.join(FAMILIES)}")
         # transformers 5 writes rope_parameters; 4 wrote rope_theta beside an optional rope_scaling.
-        rope = {"rope_theta": hf.get("rope_theta", 10_000.0)} | (hf.get("rope_scaling") or {}) | (hf.get("rope_parameters") or {})
+        rope = (
+            {"rope_theta": hf.get("rope_theta", 10_000.0)}
+            | (hf.get("rope_scaling") or {})
+            | (hf.get("rope_parameters") or {})
+        )
         only = {
             "hidden_act": (hf.get("hidden_act", "silu"), "silu"),
             "rope type": (rope.get("rope_type", rope.get("type", "default")), "default"),

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from repo_jax.models.attention import attend, rope, visible
+from repo_jax.models.attention import ATTENTION, rope, visible
 from repo_jax.models.config import DecoderConfig
 from repo_jax.sharding import BATCH, constrain
 
@@ -32,6 +32,7 @@ def rms_norm(x_BTD, scale_D, *, eps: float):
 
 class Attention(nn.Module):
     cfg: DecoderConfig
+    kernel: str
 
     @nn.compact
     def __call__(self, x_BTD, positions_BT, mask_BTS):
@@ -43,7 +44,7 @@ class Attention(nn.Module):
         q_BTNH = rope(jnp.einsum("BTD,DNH->BTNH", x_BTD, q_DNH.astype(dtype)), positions_BT, theta=c.rope_theta)
         k_BTKH = rope(jnp.einsum("BTD,DKH->BTKH", x_BTD, k_DKH.astype(dtype)), positions_BT, theta=c.rope_theta)
         v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, v_DKH.astype(dtype))
-        out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, mask_BTS)
+        out_BTNH = ATTENTION[self.kernel](q_BTNH, k_BTKH, v_BTKH, mask_BTS)
         return jnp.einsum("BTNH,NHD->BTD", out_BTNH, o_NHD.astype(dtype))
 
 
@@ -62,6 +63,7 @@ class MLP(nn.Module):
 
 class Layer(nn.Module):
     cfg: DecoderConfig
+    attention: str
 
     @nn.compact
     def __call__(self, x_BTD, positions_BT, mask_BTS):
@@ -69,7 +71,7 @@ class Layer(nn.Module):
         attn_norm_D = self.param("attn_norm_D", nn.initializers.ones, (c.D,))
         mlp_norm_D = self.param("mlp_norm_D", nn.initializers.ones, (c.D,))
         normed_BTD = rms_norm(x_BTD, attn_norm_D, eps=c.norm_eps)
-        x_BTD = constrain(x_BTD + Attention(c, name="attn")(normed_BTD, positions_BT, mask_BTS), BATCH)
+        x_BTD = constrain(x_BTD + Attention(c, self.attention, name="attn")(normed_BTD, positions_BT, mask_BTS), BATCH)
         normed_BTD = rms_norm(x_BTD, mlp_norm_D, eps=c.norm_eps)
         x_BTD = constrain(x_BTD + MLP(c, name="mlp")(normed_BTD), BATCH)
         return x_BTD, None
@@ -81,6 +83,7 @@ class Decoder(nn.Module):
     cfg: DecoderConfig
     dtype: jnp.dtype
     remat: str = "full"  # a key of REMAT
+    attention: str = "dense"  # a key of ATTENTION
 
     @nn.compact
     def __call__(self, tokens_BT, positions_BT, segments_BT, prompts_BT):
@@ -101,7 +104,7 @@ class Decoder(nn.Module):
             in_axes=nn.broadcast,
             length=c.L,
         )
-        x_BTD, _ = layers(c, name="layers_L")(x_BTD, positions_BT, mask_BTS)
+        x_BTD, _ = layers(c, self.attention, name="layers_L")(x_BTD, positions_BT, mask_BTS)
         return rms_norm(x_BTD, self.param("final_norm_D", nn.initializers.ones, (c.D,)), eps=c.norm_eps)
 
 

@@ -66,12 +66,14 @@ class TensorFiles:
         for name in files:
             path = self.folder / name
             if not path.is_file():
-                raise FileNotFoundError(f"'{self.folder}' has no {name}; the weights must be safetensors, all files present")
+                raise FileNotFoundError(
+                    f"'{self.folder}' has no {name}; the weights must be safetensors, all files present"
+                )
             try:
                 file = safetensors.safe_open(path, framework="numpy")
             except safetensors.SafetensorError as error:
                 raise ValueError(f"'{path}' is not a whole safetensors file ({error}); fetch it again") from None
-            for key in file.keys():
+            for key in file.keys():  # noqa: SIM118 - it is no dict
                 self._slices[key] = file.get_slice(key)
 
     def __getitem__(self, name: str):
@@ -84,7 +86,9 @@ class TensorFiles:
         """The one dtype of the weights (float32, float16 or bfloat16), or an error when they have another or several."""
         found = {slice_.get_dtype() for slice_ in self._slices.values()}
         if len(found) != 1 or not found <= set(SAFETENSORS_DTYPES):
-            raise ValueError(f"the weights in '{self.folder}' are {sorted(found)}; wanted one of {list(SAFETENSORS_DTYPES)} throughout")
+            raise ValueError(
+                f"the weights in '{self.folder}' are {sorted(found)}; wanted one of {list(SAFETENSORS_DTYPES)} throughout"
+            )
         return SAFETENSORS_DTYPES[found.pop()]
 
 
@@ -115,7 +119,9 @@ def check_tensors(files: TensorFiles, cfg: DecoderConfig) -> None:
         for i in range(cfg.L if "{i}" in w.hf else 1):
             expected[w.hf.format(i=i)] = shape
     # Buffers that old exports carry, and the copy of the embedding that some write for a tied head.
-    ignored = {n for n in files.names() if n.endswith("rotary_emb.inv_freq") or (cfg.tie_embeddings and n == "lm_head.weight")}
+    ignored = {
+        n for n in files.names() if n.endswith("rotary_emb.inv_freq") or (cfg.tie_embeddings and n == "lm_head.weight")
+    }
     faults = [f"missing {name}" for name in sorted(expected.keys() - files.names())]
     faults += [f"unexpected {name}" for name in sorted(files.names() - expected.keys() - ignored)]
     for name in sorted(expected.keys() & files.names()):
@@ -143,7 +149,9 @@ def from_hf(folder: str | pathlib.Path, cfg: DecoderConfig, shardings: dict, *, 
             if not stacked:
                 return read_part(files[w.hf], w.layout, index, cfg).astype(dtype)
             layers = range(cfg.L)[index[0]]
-            return np.stack([read_part(files[w.hf.format(i=i)], w.layout, index[1:], cfg).astype(dtype) for i in layers])
+            return np.stack(
+                [read_part(files[w.hf.format(i=i)], w.layout, index[1:], cfg).astype(dtype) for i in layers]
+            )
 
         params[w.ours] = jax.make_array_from_callback(shape, shardings[w.ours], part)
     return unflatten_dict(params, sep="/")
@@ -160,7 +168,9 @@ def hf_tensors(params: dict, cfg: DecoderConfig, *, dtype: str) -> Iterator[tupl
             yield w.hf.format(i=i), np.ascontiguousarray(tensor.astype(DTYPES[dtype]))
 
 
-def to_hf(params: dict, cfg: DecoderConfig, folder: str | pathlib.Path, *, dtype: str, max_shard_bytes: int = 5 * 10**9) -> None:
+def to_hf(
+    params: dict, cfg: DecoderConfig, folder: str | pathlib.Path, *, dtype: str, max_shard_bytes: int = 5 * 10**9
+) -> None:
     """Writes the parameters into FOLDER as safetensors, in files of at most max_shard_bytes with an index if several."""
     folder = pathlib.Path(folder)
     files, held, size, total = [], {}, 0, 0
@@ -168,6 +178,7 @@ def to_hf(params: dict, cfg: DecoderConfig, folder: str | pathlib.Path, *, dtype
     def flush():
         path = folder / f"part-{len(files)}.safetensors"
         safetensors.numpy.save_file(held, path, metadata={"format": "pt"})  # transformers insists on the format key
+        path.chmod(0o644)  # safetensors makes files that only their owner reads
         files.append((path, list(held)))
 
     for name, tensor in hf_tensors(params, cfg, dtype=dtype):
