@@ -30,7 +30,7 @@ def score_pairs(scorer: Scorer, params: dict, pairs: Sequence[PairTokens]) -> Pa
     for start in tqdm(range(0, len(pairs), GROUP), desc="scoring", unit=f" x {GROUP} pairs", disable=None, leave=False):
         group = [pairs[i] for i in range(start, min(start + GROUP, len(pairs)))]
         scored = jax.device_get(scorer(params, row_batches(group, scorer.shape, B=GROUP)))
-        groups.append(jax.tree.map(lambda x_B2, n=len(group): x_B2[:n], scored))
+        groups.append(PairLogps(*(x_B2[: len(group)] for x_B2 in scored)))
     return jax.tree.map(lambda *parts: np.concatenate(parts), *groups)
 
 

@@ -103,12 +103,12 @@ class Scorer:
         self.hparams = jax.device_put({name: np.float32(value) for name, value in hparams.items()}, everywhere)
         self._score = jax.jit(functools.partial(score, model=model), donate_argnums=0, out_shardings=everywhere)
         self._weigh = jax.jit(functools.partial(weigh, loss=loss), out_shardings=everywhere)
-        self._no_pairs = jax.jit(no_pairs, static_argnums=0, out_shardings=everywhere)
+        self.no_pairs = jax.jit(no_pairs, static_argnums=0, out_shardings=everywhere)
 
     def __call__(self, params: dict, batches: Sequence[RowBatch]) -> PairLogps:
         """The log-probs of every pair in the batches, which share one numbering of pairs."""
         with jax.set_mesh(self.mesh):
-            pairs = self._no_pairs(len(batches[0].filled_B))
+            pairs = self.no_pairs(len(batches[0].filled_B))
             for batch in batches:
                 pairs = self._score(pairs, params, place(batch, self.mesh))
         return pairs
@@ -138,28 +138,34 @@ class TrainStep:
             functools.partial(add_weighted, model=model), donate_argnums=0, out_shardings=shardings.params
         )
         self._update = jax.jit(
-            functools.partial(update, optimizer=optimizer), donate_argnums=(0, 1), out_shardings=(shardings, everywhere)
+            functools.partial(update, optimizer=optimizer), donate_argnums=0, out_shardings=(shardings, everywhere)
         )
 
-    def __call__(self, state: TrainState, pairs: Sequence[PairTokens]) -> tuple[TrainState, dict]:
-        """The state after the update, and metrics: device scalars that need not be waited for."""
+    def mean_grads(self, params: dict, pairs: Sequence[PairTokens]) -> tuple[dict, dict]:
+        """The gradient of the mean loss over the pairs, float32, and metrics: device scalars that need not be waited for."""
         scorer = self._scorer
         batches = row_batches(pairs, scorer.shape)
         with jax.set_mesh(scorer.mesh):
-            grads = self._zeros(state.params)
+            grads = self._zeros(params)
             if self._mode == "direct":
-                gathered = Gathered(grads, scorer._no_pairs(len(pairs)))
+                gathered = Gathered(grads, scorer.no_pairs(len(pairs)))
                 for batch in batches:
-                    gathered = self._add_direct(gathered, state.params, place(batch, scorer.mesh), scorer.hparams)
+                    gathered = self._add_direct(gathered, params, place(batch, scorer.mesh), scorer.hparams)
                 grads = gathered.grads
                 _, metrics = scorer.weigh(gathered.pairs)
             else:
-                slopes_B2, metrics = scorer.weigh(scorer(state.params, batches))
+                slopes_B2, metrics = scorer.weigh(scorer(params, batches))
                 # The one wait of this form: which answers to push back decides which rows there are.
                 wanted_B2 = np.asarray(jax.device_get(slopes_B2)) != 0
                 for batch in row_batches(pairs, scorer.shape, wanted_B2=wanted_B2):
-                    grads = self._add_weighted(grads, state.params, place(batch, scorer.mesh), slopes_B2)
-            state, grad_norm = self._update(state, grads)
-        tokens = sum(pair.slots for pair in pairs)
+                    grads = self._add_weighted(grads, params, place(batch, scorer.mesh), slopes_B2)
+        used = sum(pair.slots for pair in pairs)
         slots = len(batches) * scorer.shape.R * scorer.shape.T
-        return state, metrics | {"grad_norm": grad_norm, "padding_fraction": 1 - tokens / slots, "num_tokens": tokens}
+        return grads, metrics | {"padding_fraction": 1 - used / slots}
+
+    def __call__(self, state: TrainState, pairs: Sequence[PairTokens]) -> tuple[TrainState, dict]:
+        """The state after one update, and the metrics; the state that came in is used up."""
+        grads, metrics = self.mean_grads(state.params, pairs)
+        with jax.set_mesh(self._scorer.mesh):
+            state, grad_norm = self._update(state, grads)
+        return state, metrics | {"grad_norm": grad_norm}

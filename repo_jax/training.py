@@ -5,6 +5,7 @@ import os
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from repo_jax.checkpoint import Checkpoints
 from repo_jax.config import Recipe, dump_recipe
 from repo_jax.data.batches import batch_indices, steps_per_epoch
+from repo_jax.data.chat import PairTokens
 from repo_jax.evaluation import Evaluation, evaluate_pairs, summarize
 from repo_jax.export import check_output, export_model, model_card, write_base
 from repo_jax.models.hf import from_hf
@@ -54,7 +56,7 @@ def train(setup: Setup) -> pathlib.Path:
             state = initial_state(params, optimizer, shardings)
             if setup.held_out is not None:
                 save_evaluation(folder, "before", evaluate_pairs(scorer, state.params, setup.held_out))
-        state = run_updates(setup, state, step, scorer, checkpoints, Log(folder / "metrics.jsonl", start), start)
+        state = run_updates(setup, state, step, scorer, checkpoints, Log(setup, folder / "metrics.jsonl", start), start)
     if setup.held_out is not None:
         save_evaluation(folder, "after", evaluate_pairs(scorer, state.params, setup.held_out))
     finish(setup, state, folder)
@@ -64,58 +66,23 @@ def train(setup: Setup) -> pathlib.Path:
 def run_updates(
     setup: Setup, state: TrainState, step: TrainStep, scorer: Scorer, checkpoints: Checkpoints, log: "Log", start: int
 ) -> TrainState:
-    """Updates start .. total_steps - 1. The device is never waited for but to log the update before the one that runs."""
-    recipe, total = setup.recipe, setup.total_steps
-    options = {"pairs": len(setup.train), "train_batch_size": recipe.optim.train_batch_size, "seed": recipe.run.seed}
-    epoch_steps = steps_per_epoch(options["pairs"], options["train_batch_size"])
-    rate = learning_rate(recipe.optim, total)
-    progress = tqdm(total=total, initial=start, desc="training", unit=" updates", disable=None)
+    """Updates start .. total_steps - 1, with the evaluations and checkpoints that fall due."""
+    run, total, size = setup.recipe.run, setup.total_steps, setup.recipe.optim.train_batch_size
     if start < total:
         say("the first update compiles")
-    pending, clock, unlogged_tokens, unlogged_steps = None, time.perf_counter(), 0, 0
-
-    def write_pending():
-        nonlocal pending, clock, unlogged_tokens, unlogged_steps
-        if pending is None:
-            return
-        done, metrics = pending
-        metrics = jax.device_get(metrics)
-        pending = None
-        if done % recipe.run.logging_steps and done != total:
-            return
-        now = time.perf_counter()
-        line = {"step": done, "epoch": round(done / epoch_steps, 4), "learning_rate": float(rate(done - 1))}
-        line |= {name: float(value) for name, value in metrics.items()}
-        line["pairs_per_second"] = unlogged_steps * options["train_batch_size"] / (now - clock)
-        line["tokens_per_second"] = unlogged_tokens / (now - clock)
-        clock, unlogged_tokens, unlogged_steps = now, 0, 0
-        log.write(line)
-        if progress.disable:
-            say(f"update {done}/{total}  " + "  ".join(f"{name} {line[name]:.4g}" for name in SHOWN))
-        else:
-            progress.set_postfix({name: f"{line[name]:.3g}" for name in SHOWN})
-
     for k in range(start, total):
-        pairs = [setup.train[i] for i in batch_indices(k, **options)]
+        indices = batch_indices(k, pairs=len(setup.train), train_batch_size=size, seed=run.seed)
+        pairs = [setup.train[i] for i in indices]
+        log.before_update()
         state, metrics = step(state, pairs)
-        write_pending()
-        tokens = metrics.pop("num_tokens")
-        pending, unlogged_tokens, unlogged_steps = (k + 1, metrics), unlogged_tokens + tokens, unlogged_steps + 1
-        progress.update()
-        evaluates = setup.held_out is not None and recipe.run.eval_steps and (k + 1) % recipe.run.eval_steps == 0
-        saves = (k + 1) % recipe.run.save_steps == 0 or k + 1 == total
-        if evaluates or saves:
-            write_pending()  # what a checkpoint covers stands in the log before the checkpoint exists
-        if evaluates:
-            metrics = evaluate_pairs(scorer, state.params, setup.held_out).metrics
-            log.write({"step": k + 1} | {f"eval_{name}": value for name, value in metrics.items()})
-        if saves:
+        log.update(k + 1, metrics, pairs)
+        if setup.held_out is not None and run.eval_steps and (k + 1) % run.eval_steps == 0:
+            log.evaluated(lambda params=state.params: evaluate_pairs(scorer, params, setup.held_out))
+        if (k + 1) % run.save_steps == 0 or k + 1 == total:
+            log.flush()  # what a checkpoint covers stands in the log before the checkpoint exists
             checkpoints.save(state, k + 1)
-    progress.close()
+    log.close()
     return state
-
-
-SHOWN = ("loss", "rewards/accuracies", "active_fraction", "pairs_per_second")
 
 
 def finish(setup: Setup, state: TrainState, folder: pathlib.Path) -> None:
@@ -208,17 +175,71 @@ def _differences(before: dict, now: dict, path: str = "") -> list[str]:
 
 
 class Log:
-    """metrics.jsonl: one JSON object per line, each step once, also after a resume."""
+    """metrics.jsonl, one JSON object per line and each step once, and the progress that people see.
 
-    def __init__(self, path: pathlib.Path, start: int):
+    Stays one update behind, so that the device is never waited for while it has nothing else to do.
+    """
+
+    SHOWN = ("loss", "rewards/accuracies", "active_fraction", "pairs_per_second")
+
+    def __init__(self, setup: Setup, path: pathlib.Path, start: int):
+        self._every, self._total = setup.recipe.run.logging_steps, setup.total_steps
+        self._rate = learning_rate(setup.recipe.optim, setup.total_steps)
+        self._epoch_steps = steps_per_epoch(len(setup.train), setup.recipe.optim.train_batch_size)
         # Lines beyond the checkpoint belong to updates that will be done again.
         kept = [line for line in read_metrics(path) if line["step"] <= start]
         write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for as long as the run
+        self._bar = tqdm(total=self._total, initial=start, desc="training", unit=" updates", disable=None)
+        self._pending = None  # (step, metrics) of an update that may still run
+        self._clock, self._pairs, self._tokens = time.perf_counter(), 0, 0  # since the last line
 
-    def write(self, line: dict) -> None:
+    def update(self, step: int, metrics: dict, pairs: list[PairTokens]) -> None:
+        """Takes the metrics of an update just started; writes those of the one before."""
+        self.flush()
+        self._pending = (step, metrics)
+        self._pairs += len(pairs)
+        self._tokens += sum(pair.slots for pair in pairs)
+        self._bar.update()
+
+    def evaluated(self, evaluate: Callable[[], Evaluation]) -> None:
+        """Adds an evaluation to the line of the pending update; its time is not counted as training."""
+        step, metrics = self._pending
+        jax.block_until_ready(metrics)
+        started = time.perf_counter()
+        metrics |= {f"eval_{name}": value for name, value in evaluate().metrics.items()}
+        self._clock += time.perf_counter() - started
+        self._pending = (step, metrics)
+
+    def before_update(self) -> None:
+        """On CPU, where running ahead gains nothing, the pending line is written now: its time is then its own."""
+        if jax.default_backend() == "cpu":
+            self.flush()
+
+    def flush(self) -> None:
+        """Waits for the pending update and writes its line if one is due."""
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        if step % self._every and step != self._total and "eval_loss" not in metrics:
+            return
+        line = {"step": step, "epoch": round(step / self._epoch_steps, 4), "learning_rate": float(self._rate(step - 1))}
+        line |= {name: float(value) for name, value in jax.device_get(metrics).items()}
+        now = time.perf_counter()
+        line["pairs_per_second"] = self._pairs / (now - self._clock)
+        line["tokens_per_second"] = self._tokens / (now - self._clock)
+        self._clock, self._pairs, self._tokens = now, 0, 0
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+        if self._bar.disable:
+            say(f"update {step}/{self._total}  " + "  ".join(f"{name} {line[name]:.4g}" for name in self.SHOWN))
+        else:
+            self._bar.set_postfix({name: f"{line[name]:.3g}" for name in self.SHOWN})
+
+    def close(self) -> None:
+        self.flush()
+        self._bar.close()
+        self._file.close()
 
 
 def save_evaluation(folder: pathlib.Path, when: str, evaluation: Evaluation) -> None:

@@ -1,15 +1,19 @@
-"""Eight CPU devices, and jax as strict as it can be."""
+"""Eight CPU devices, jax as strict as it can be, and each program compiled once however many tests run it."""
 
+import atexit
 import os
-import pathlib
+import shutil
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import jax
 
+compiled = tempfile.mkdtemp(prefix="repo-jax-tests-")
+atexit.register(shutil.rmtree, compiled, ignore_errors=True)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-ASSETS = pathlib.Path(__file__).parents[1] / "assets"
+jax.config.update("jax_compilation_cache_dir", compiled)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -1,0 +1,50 @@
+"""What several tests work on: the small real model, and pairs of tokens with known lengths."""
+
+import dataclasses
+import pathlib
+
+import jax
+import numpy as np
+
+from repo_jax.data.chat import PairTokens
+from repo_jax.models.config import DecoderConfig
+from repo_jax.models.decoder import param_shapes
+from repo_jax.models.hf import from_hf
+from repo_jax.sharding import make_mesh, param_shardings
+
+ROOT = pathlib.Path(__file__).parents[1]
+ASSETS = ROOT / "assets"
+STORIES = ASSETS / "stories260K"
+
+TINY = DecoderConfig(D=16, F=24, N=4, K=2, H=4, V=50, L=3, max_positions=64)
+UNTIED = dataclasses.replace(TINY, tie_embeddings=False)
+
+
+def one_device():
+    return make_mesh(1, 1, 1, devices=jax.devices()[:1])
+
+
+def stories(mesh=None) -> tuple[DecoderConfig, dict]:
+    """assets/stories260K and its parameters on a mesh."""
+    cfg = DecoderConfig.from_hf(STORIES)
+    return cfg, from_hf(STORIES, cfg, param_shardings(param_shapes(cfg), mesh or one_device()))
+
+
+def random_params(cfg: DecoderConfig, seed: int = 0) -> dict:
+    """Random parameters, norms included, large enough that logits have a standard deviation above 1."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: np.float32(rng.normal(scale=0.3, size=leaf.shape) + (leaf.ndim <= 1)), param_shapes(cfg)
+    )
+
+
+def pair_of(
+    rng: np.random.Generator, lengths: tuple[int, int, int], *, V: int, skips=(0, 0), name: str = "pair"
+) -> PairTokens:
+    return PairTokens(name, name, *(rng.integers(1, V, size=n, dtype=np.int32) for n in lengths), skips)
+
+
+def random_pairs(n: int, *, V: int, seed: int = 0, most: int = 20) -> list[PairTokens]:
+    """n pairs whose prompt and answers have 1 to `most` tokens each."""
+    rng = np.random.default_rng(seed)
+    return [pair_of(rng, tuple(rng.integers(1, most + 1, size=3)), V=V, name=f"pair {i}") for i in range(n)]

@@ -1,0 +1,169 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from examples import ROOT, STORIES, TINY, pair_of, random_pairs, random_params, stories
+from oracles.decoder import next_token_logps
+
+from repo_jax import logps
+from repo_jax.data.rows import RowShape, row_batches
+from repo_jax.logps import pair_logps, token_logps
+from repo_jax.models.decoder import Decoder
+
+SHAPE = RowShape(R=4, T=64, S=48)
+
+
+def scored(model, params, pairs, shape=SHAPE):
+    """Sums and lengths of all pairs, and the gradient of a fixed mixture of the sums, over all row batches."""
+    mixture = jnp.asarray(np.random.default_rng(1).normal(size=(len(pairs), 2)), jnp.float32)
+
+    @jax.jit
+    def one(params, batch):
+        def objective(params):
+            result = pair_logps(model, params, batch)
+            return (mixture * result.logps_B2).sum(), result
+
+        return jax.grad(objective, has_aux=True)(params)
+
+    parts = [one(params, batch) for batch in row_batches(pairs, shape)]
+    return jax.tree.map(lambda *leaves: sum(np.asarray(leaf, np.float64) for leaf in leaves), *parts)
+
+
+def assert_same(one, other):
+    """Log-probs equal, gradients within 1e-5 of their norm."""
+    (grads, pairs), (other_grads, other_pairs) = one, other
+    np.testing.assert_allclose(pairs.logps_B2, other_pairs.logps_B2, rtol=1e-5, atol=1e-4)
+    np.testing.assert_array_equal(pairs.lengths_B2, other_pairs.lengths_B2)
+    flat, other_flat = (np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(g)]) for g in (grads, other_grads))
+    assert np.linalg.norm(flat - other_flat) <= 1e-5 * np.linalg.norm(flat)
+
+
+def naive_token_logps(source_RSD, head_VD, targets_RS):
+    logits_RSV = jnp.einsum("RSD,VD->RSV", source_RSD, head_VD)
+    return jnp.take_along_axis(jax.nn.log_softmax(logits_RSV), targets_RS[..., None], axis=-1)[..., 0]
+
+
+@pytest.mark.parametrize("S", [1, 96, 128, 200, 300])
+def test_chunked_head_equals_log_softmax_of_all_logits_in_value_and_gradient(S):
+    rng = np.random.default_rng(0)
+    source, head, weights = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, S, 16), (50, 16), (2, S)))
+    targets = jnp.asarray(rng.integers(50, size=(2, S)))
+
+    def of(fn):
+        value = jax.value_and_grad(lambda x, w: (weights * fn(x, w, targets)).sum(), argnums=(0, 1))
+        return jax.tree.leaves(value(source, head))
+
+    for ours, plain in zip(of(token_logps), of(naive_token_logps), strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=2e-5, atol=1e-4)
+
+
+def test_the_head_never_makes_all_logits():
+    source, head = jnp.ones((2, 512, 16)), jnp.ones((1000, 16))
+    targets = jnp.zeros((2, 512), jnp.int32)
+    jaxpr = str(jax.make_jaxpr(jax.grad(lambda w: token_logps(source, w, targets).sum()))(head))
+    assert f"2,{logps.CHUNK},1000" in jaxpr and "2,512,1000" not in jaxpr
+
+
+def test_a_bfloat16_source_still_gives_float32_log_probs_and_head_gradient():
+    source, head = jnp.ones((1, 4, 16), jnp.bfloat16), jnp.ones((50, 16))
+    value, grad = jax.value_and_grad(lambda w: token_logps(source, w, jnp.zeros((1, 4), jnp.int32)).sum())(head)
+    assert value.dtype == grad.dtype == jnp.float32
+    np.testing.assert_allclose(value, 4 * -np.log(50), rtol=1e-6)
+
+
+def test_float32_log_probs_of_the_real_model_equal_its_reference():
+    import json
+
+    cfg, params = stories()
+    sequences = json.loads((STORIES / "reference.json").read_text())["sequences"]
+    model = Decoder(cfg, jnp.float32)
+    for sequence in sequences:
+        # The whole sequence as one answer to a prompt of its first token, so that all of the path is used.
+        ids = np.asarray(sequence["ids"], np.int32)
+        pair = pair_of(np.random.default_rng(0), (1, 1, 1), V=cfg.V)._replace(prompt=ids[:1], chosen=ids[1:])
+        batch = row_batches([pair], RowShape(1, pair.slots, pair.scored))[0]
+        hidden = model.apply(
+            {"params": params}, batch.tokens_RT, batch.positions_RT, batch.segments_RT, batch.prompts_RT
+        )
+        source = jnp.take_along_axis(hidden, batch.sources_RS[..., None], axis=1)
+        ours = np.asarray(token_logps(source, params["embed_VD"], batch.targets_RS))[0, : len(ids) - 1]
+        np.testing.assert_allclose(ours, sequence["logprob"], atol=1e-4)
+        result = pair_logps(model, params, batch)
+        np.testing.assert_allclose(result.mean_B2[0, 0], sequence["mean_logprob"], atol=1e-4)
+
+
+def test_the_numpy_oracle_agrees_with_the_reference_too():
+    import json
+
+    sequence = json.loads((ROOT / "assets/stories260K/reference.json").read_text())["sequences"][0]
+    ids = sequence["ids"][:20]
+    np.testing.assert_allclose(next_token_logps(STORIES, ids), sequence["logprob"][:19], atol=1e-6)
+
+
+def test_a_packed_pair_scores_as_each_answer_alone_after_its_prompt():
+    cfg, params = stories()
+    pairs = [p._replace(prompt=np.r_[np.int32(1), p.prompt]) for p in random_pairs(3, V=cfg.V, most=8)]
+    result = pair_logps(Decoder(cfg, jnp.float32), params, row_batches(pairs, SHAPE)[0])
+    for number, pair in enumerate(pairs):
+        for side, branch in enumerate(pair.branches):
+            alone = next_token_logps(STORIES, np.concatenate([pair.prompt, branch]))[len(pair.prompt) - 1 :]
+            np.testing.assert_allclose(result.logps_B2[number, side], alone.sum(), rtol=1e-5, atol=1e-4)
+            assert result.lengths_B2[number, side] == len(branch)
+
+
+def test_packed_equals_padded():
+    params, pairs = random_params(TINY), random_pairs(7, V=TINY.V)
+    model = Decoder(TINY, jnp.float32)
+    rows = sum(int(batch.tokens_RT.any(axis=1).sum()) for batch in row_batches(pairs, SHAPE))
+    assert rows < len(pairs)  # so some pairs do share a row
+    alone = [scored(model, params, [pair], RowShape(1, 60, 40))[1].logps_B2 for pair in pairs]
+    np.testing.assert_allclose(scored(model, params, pairs)[1].logps_B2, np.concatenate(alone), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "shape", [RowShape(7, 60, 40), RowShape(4, 128, 128), RowShape(1, 64, 48), RowShape(3, 100, 70)], ids=str
+)
+def test_rows_batches_and_padding_change_neither_value_nor_gradient(shape):
+    params, pairs = random_params(TINY), random_pairs(7, V=TINY.V)
+    model = Decoder(TINY, jnp.float32)
+    assert_same(scored(model, params, pairs), scored(model, params, pairs, shape))
+
+
+def test_a_shared_prompt_equals_a_prompt_per_answer():
+    params, pairs = random_params(TINY), random_pairs(5, V=TINY.V)
+    model = Decoder(TINY, jnp.float32)
+    mixture = jnp.asarray(np.random.default_rng(1).normal(size=(5, 2)), jnp.float32)
+
+    def grads_of(batches):
+        def objective(params):
+            results = [pair_logps(model, params, batch) for batch in batches]
+            return sum((mixture * r.logps_B2).sum() for r in results), sum(r.logps_B2 for r in results)
+
+        return jax.grad(objective, has_aux=True)(params)
+
+    shared = grads_of(row_batches(pairs, SHAPE))
+    sides = [np.tile([side == 0, side == 1], (5, 1)) for side in (0, 1)]
+    apart = grads_of([batch for wanted in sides for batch in row_batches(pairs, SHAPE, wanted_B2=wanted)])
+    np.testing.assert_allclose(shared[1], apart[1], rtol=1e-5, atol=1e-4)
+    flat, other = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(g)]) for g in (shared[0], apart[0]))
+    assert np.linalg.norm(flat - other) <= 1e-5 * np.linalg.norm(flat)
+
+
+def test_skipped_tokens_are_read_but_not_scored():
+    params, rng = random_params(TINY), np.random.default_rng(0)
+    model = Decoder(TINY, jnp.float32)
+    pair = pair_of(rng, (5, 6, 4), V=TINY.V, skips=(2, 0))
+    longer_prompt = pair._replace(
+        prompt=np.concatenate([pair.prompt, pair.chosen[:2]]), chosen=pair.chosen[2:], skips=(0, 0)
+    )
+    results = [pair_logps(model, params, row_batches([p], RowShape(1, 32, 16))[0]) for p in (pair, longer_prompt)]
+    np.testing.assert_allclose(results[0].logps_B2[0, 0], results[1].logps_B2[0, 0], rtol=1e-5)
+    assert results[0].lengths_B2.tolist() == [[4, 4]]
+
+
+def test_an_answer_that_is_in_no_row_has_sum_and_length_zero():
+    params, pairs = random_params(TINY), random_pairs(2, V=TINY.V)
+    wanted = np.array([[True, False], [False, False]])
+    result = pair_logps(Decoder(TINY, jnp.float32), params, row_batches(pairs, SHAPE, wanted_B2=wanted)[0])
+    assert result.lengths_B2.tolist() == [[len(pairs[0].chosen), 0], [0, 0]]
+    assert (np.asarray(result.logps_B2) != 0).tolist() == [[True, False], [False, False]]

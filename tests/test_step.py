@@ -1,0 +1,171 @@
+"""The update is one function of the pairs: not of rows, micro-batches, form or mesh. Gradients within 1e-5 of their norm."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from examples import one_device, pair_of, stories
+
+from repo_jax.data.rows import RowShape, row_batches
+from repo_jax.losses import make_loss
+from repo_jax.models.decoder import Decoder
+from repo_jax.sharding import make_mesh
+from repo_jax.state import TrainState, initial_state, state_shapes, state_shardings
+from repo_jax.step import Scorer, TrainStep
+
+LOSSES = {"repo": {"gamma": 0.5}, "simpo": {"beta": 2.0, "gamma": 0.25}}
+
+
+@functools.cache
+def real_model():
+    return stories()
+
+
+def sixteen_pairs():
+    """Unequal lengths, so that micro-batches hold different numbers of pairs."""
+    rng = np.random.default_rng(3)
+    lengths = [(int(rng.integers(2, 20)), int(rng.integers(1, 30)), int(rng.integers(1, 30))) for _ in range(16)]
+    return [pair_of(rng, n, V=512, name=f"pair {i}") for i, n in enumerate(lengths)]
+
+
+def make_step(loss_type="repo", *, mesh=None, shape=None, mode="direct", optimizer=None, **hparams):
+    cfg, params = real_model() if mesh is None else stories(mesh)
+    mesh = mesh or one_device()
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    loss, hparams = make_loss(loss_type, **(LOSSES[loss_type] | hparams))
+    model = Decoder(cfg, jnp.float32)
+    optimizer = optimizer or optax.sgd(1.0)
+    shapes = state_shapes(cfg, optimizer)
+    shardings = state_shardings(shapes, optimizer, mesh)
+    scorer = Scorer(model, loss, hparams, mesh, shape or RowShape(rows, 128, 96))
+    return TrainStep(scorer, model, loss, optimizer, shardings, mode=mode), params, optimizer, shardings
+
+
+def flat(tree):
+    return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])
+
+
+@functools.cache
+def reference(loss_type):
+    """Loss and gradient of all pairs in one padded row each, by one plain jax.grad."""
+    step, params, _, _ = make_step(loss_type, shape=RowShape(16, 80, 60))
+    return step.mean_grads(params, sixteen_pairs())
+
+
+def assert_equals_reference(loss_type, grads, metrics):
+    wanted_grads, wanted = reference(loss_type)
+    for name, value in wanted.items():
+        if name != "padding_fraction":
+            np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+    difference = np.linalg.norm(flat(grads) - flat(wanted_grads)) / np.linalg.norm(flat(wanted_grads))
+    assert difference <= 1e-5, f"gradients differ by {difference:.2g} of their norm"
+
+
+def test_the_fixture_keeps_clear_of_gamma_and_has_pairs_on_both_sides():
+    step, params, _, _ = make_step()
+    pairs = step._scorer(params, row_batches(sixteen_pairs(), RowShape(1, 128, 96)))
+    margins = np.asarray(pairs.mean_margin_B)
+    assert (np.abs(margins - 0.5) > 1e-3).all()
+    assert 2 <= (margins < 0.5).sum() <= 14
+
+
+def test_the_loss_and_gradient_are_those_of_a_plain_mean():
+    """The oracle pads every answer after its own copy of the prompt and makes all logits."""
+    cfg, params = real_model()
+    pairs = sixteen_pairs()
+    texts = [np.concatenate([pair.prompt, branch]) for pair in pairs for branch in pair.branches]
+    tokens = jnp.asarray(np.stack([np.pad(text, (0, 64 - len(text))) for text in texts]))
+    starts = jnp.repeat(jnp.array([len(pair.prompt) for pair in pairs]), 2)[:, None]
+    ends = jnp.array([len(text) for text in texts])[:, None]
+    slots = jnp.arange(64)[None]
+    answer = (slots[:, 1:] >= starts) & (slots[:, 1:] < ends)
+
+    def objective(params):
+        ones, positions = jnp.ones_like(tokens), jnp.broadcast_to(slots, tokens.shape)
+        hidden = Decoder(cfg, jnp.float32).apply({"params": params}, tokens, positions, ones, ones)
+        logps = jax.nn.log_softmax(hidden[:, :-1] @ params["embed_VD"].T)
+        picked = jnp.take_along_axis(logps, tokens[:, 1:, None], axis=-1)[..., 0]
+        means = ((picked * answer).sum(axis=1) / answer.sum(axis=1)).reshape(16, 2)
+        return jax.nn.relu(0.5 - (means[:, 0] - means[:, 1])).mean()
+
+    value, grads = jax.jit(jax.value_and_grad(objective))(params)
+    np.testing.assert_allclose(reference("repo")[1]["loss"], value, rtol=1e-5)
+    assert np.linalg.norm(flat(grads) - flat(reference("repo")[0])) <= 1e-5 * np.linalg.norm(flat(grads))
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("mode", ["direct", "two_pass"])
+@pytest.mark.parametrize("shape", [RowShape(4, 128, 96), RowShape(1, 80, 60), RowShape(2, 256, 256)], ids=str)
+def test_rows_micro_batches_and_form_change_nothing(loss_type, mode, shape):
+    step, params, _, _ = make_step(loss_type, mode=mode, shape=shape)
+    assert_equals_reference(loss_type, *step.mean_grads(params, sixteen_pairs()))
+
+
+@pytest.mark.parametrize("mode", ["direct", "two_pass"])
+@pytest.mark.parametrize("axes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 4)], ids=str)
+def test_many_devices_equal_one(axes, mode):
+    mesh = make_mesh(*axes, devices=jax.devices()[: math.prod(axes)])
+    step, params, _, _ = make_step(mesh=mesh, mode=mode)
+    assert_equals_reference("repo", *step.mean_grads(params, sixteen_pairs()))
+
+
+def test_the_order_of_devices_changes_nothing():
+    step, params, _, _ = make_step(mesh=make_mesh(2, 4, 1, devices=jax.devices()[::-1]))
+    assert_equals_reference("repo", *step.mean_grads(params, sixteen_pairs()))
+
+
+def test_two_pass_pushes_back_only_the_answers_whose_slope_is_not_zero(monkeypatch):
+    step, params, _, _ = make_step(mode="two_pass")
+    pushed = []
+    original = step._add_weighted
+    monkeypatch.setattr(
+        step, "_add_weighted", lambda *args: pushed.append(np.asarray(args[2].filled_B)) or original(*args)
+    )
+    _, metrics = step.mean_grads(params, sixteen_pairs())
+    assert sum(filled.sum() for filled in pushed) == round(float(metrics["active_fraction"]) * 16) < 16
+
+
+@pytest.mark.parametrize("mode", ["direct", "two_pass"])
+def test_once_all_margins_pass_gamma_the_gradient_is_zero_and_the_update_still_runs(mode):
+    optimizer = optax.adamw(1e-2, weight_decay=0.1)
+    step, params, optimizer, shardings = make_step(mode=mode, gamma=-100.0, optimizer=optimizer)
+    grads, metrics = step.mean_grads(params, sixteen_pairs())
+    assert metrics["loss"] == metrics["active_fraction"] == 0 and not flat(grads).any()
+    before = flat(params)
+    state, metrics = step(initial_state(jax.tree.map(jnp.copy, params), optimizer, shardings), sixteen_pairs())
+    assert state.step == 1 and metrics["grad_norm"] == 0
+    np.testing.assert_allclose(flat(state.params), before * (1 - 1e-3), rtol=1e-5)  # decay alone moved them
+
+
+def test_three_updates_on_eight_devices_end_where_three_on_one_do():
+    ends = []
+    for mesh, mode in ((one_device(), "direct"), (make_mesh(2, 2, 2), "direct"), (make_mesh(1, 8, 1), "two_pass")):
+        step, params, optimizer, shardings = make_step(mesh=mesh, mode=mode, optimizer=optax.adam(1e-3, eps=1e-4))
+        start = flat(params)
+        state = initial_state(params, optimizer, shardings)
+        for k in range(3):
+            state, _ = step(state, sixteen_pairs()[k:] + sixteen_pairs()[:k])
+        ends.append(flat(state.params))
+    moved = np.linalg.norm(ends[0] - start)
+    assert all(np.linalg.norm(end - ends[0]) <= 1e-4 * moved for end in ends[1:])
+
+
+def test_moments_lie_where_their_parameters_lie():
+    _, params, optimizer, shardings = make_step(mesh=make_mesh(1, 4, 2), optimizer=optax.adamw(1e-3))
+    state = initial_state(params, optimizer, shardings)
+    assert isinstance(state, TrainState)
+    mu = state.opt_state[0].mu
+    for param, moment in zip(jax.tree.leaves(params), jax.tree.leaves(mu), strict=True):
+        assert param.sharding == moment.sharding
+    assert mu["layers_L"]["attn"]["q_DNH"].sharding.shard_shape((5, 64, 8, 8)) == (5, 16, 4, 8)
+
+
+def test_the_state_that_comes_in_is_donated():
+    step, params, optimizer, shardings = make_step(optimizer=optax.adam(1e-3))
+    state = initial_state(jax.tree.map(jnp.copy, params), optimizer, shardings)
+    step(state, sixteen_pairs())
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt_state[0].mu)))
