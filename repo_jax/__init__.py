@@ -1,0 +1,23 @@
+"""Preference optimisation for language models in JAX; the commands' functions, imported on first use.
+
+recipe = repo_jax.load_recipe("configs/quickstart.yaml")
+folder = repo_jax.train(recipe)
+"""
+
+import importlib
+
+_HOMES = {
+    "load_recipe": "config",
+    "train": "training",
+    "evaluate": "evaluation",
+    "from_hf": "models.hf",
+    "to_hf": "models.hf",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'repo_jax' has no attribute '{name}'; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(f"repo_jax.{_HOMES[name]}"), name)

@@ -1,6 +1,7 @@
 """The commands: repo-jax train | evaluate | export."""
 
 import argparse
+import difflib
 import json
 import pathlib
 import sys
@@ -32,22 +33,19 @@ def checked(function, *args, **kwargs):
 
 def train_command(arguments, overrides) -> int:
     recipe = checked(load_recipe, arguments.config, overrides)
-    from repo_jax.preparation import set_up
-    from repo_jax.training import claim, train
+    from repo_jax.training import prepare, run
 
-    setup = checked(set_up, recipe, training=True)
-    checked(claim, setup)
-    train(setup)
+    run(checked(prepare, recipe))
     return 0
 
 
 def evaluate_command(arguments, overrides) -> int:
     given = {"model.model_name_or_path": arguments.model, "data.eval_dataset_name": arguments.data}
     recipe = checked(load_recipe, arguments.config, {name: value for name, value in given.items() if value} | overrides)
-    from repo_jax.evaluation import evaluate_model
+    from repo_jax.evaluation import evaluate_setup
     from repo_jax.preparation import set_up
 
-    results = evaluate_model(checked(set_up, recipe, training=False))
+    results = evaluate_setup(checked(set_up, recipe, training=False))
     text = json.dumps(results, indent=2)
     print(text)
     if arguments.output:
@@ -66,9 +64,16 @@ def export_command(arguments, overrides) -> int:
     return 0
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is answered with one line rather than with every flag there is."""
+
+    def error(self, message):
+        self.exit(2, f"repo-jax: {message} (repo-jax --help and repo-jax COMMAND --help list what there is)\n")
+
+
 def parse(argv: list[str]):
     """The parsed arguments, the command to call, and the recipe overrides {'section.leaf': value}."""
-    parser = argparse.ArgumentParser(prog="repo-jax", description="Aligns language models with preference pairs.")
+    parser = Parser(prog="repo-jax", description="Aligns language models with preference pairs.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name, function, words):
@@ -90,44 +95,38 @@ def parse(argv: list[str]):
     export = add("export", export_command, "write a checkpoint as a Hugging Face folder")
     export.add_argument("--checkpoint", required=True, metavar="DIR", help="a checkpoint-N folder in a run's folder")
     export.add_argument("--output", required=True, metavar="DIR", help="the folder to write")
-    arguments = parser.parse_args(argv)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], [f"--{name.split('.')[1]}" for name in recipe_flags()], n=1)
+        parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean {close[0]}?" if close else ""))
     overrides = {name: value for name, value in vars(arguments).items() if "." in name}
     return arguments, arguments.function, overrides
 
 
-def add_recipe_flags(parser: argparse.ArgumentParser, taken: frozenset[str] = frozenset()) -> None:
-    """A flag for every leaf of the recipe, under its own name and under section.name; values are read as YAML reads them."""
+def recipe_flags() -> dict[str, str]:
+    """'section.leaf' -> what to say of it, for every leaf of the recipe."""
     from repo_jax.losses import LOSSES, hyperparameters
 
-    for section in SECTIONS:
-        group = parser.add_argument_group(section)
-        for name, (home, field) in leaf_fields().items():
-            if home == section:
-                add_flag(group, section, name, f"{field.default.description} (default: {default_of(field)})", taken)
-        if section == "loss":
-            takers = {"loss_type": list(LOSSES)}
-            for kind, loss in LOSSES.items():
-                for name, default in hyperparameters(loss).items():
-                    takers.setdefault(name, []).append(f"{kind} {default:g}")
-            for name, words in takers.items():
-                text = (
-                    f"the objective: {', '.join(words)} (default: repo)"
-                    if name == "loss_type"
-                    else f"of {', '.join(words)}"
-                )
-                add_flag(group, section, name, text, taken)
+    flags = {
+        f"{section}.{name}": f"{field.default.description} (default: {default_of(field)})"
+        for name, (section, field) in leaf_fields().items()
+    }
+    flags["loss.loss_type"] = f"the objective: {', '.join(LOSSES)} (default: repo)"
+    for kind, loss in LOSSES.items():
+        for name, default in hyperparameters(loss).items():
+            words = flags.get(f"loss.{name}", "hyperparameter; default")
+            flags[f"loss.{name}"] = f"{words} {default:g} for {kind},"
+    return {name: words.rstrip(",") for name, words in flags.items()}
 
 
-def add_flag(group, section: str, name: str, words: str, taken: frozenset[str]) -> None:
-    flags = [f"--{section}.{name}"] if name in taken else [f"--{name}", f"--{section}.{name}"]
-    group.add_argument(
-        *flags,
-        dest=f"{section}.{name}",
-        default=argparse.SUPPRESS,
-        type=yaml_value,
-        metavar="X",
-        help=words.replace("%", "%%"),
-    )
+def add_recipe_flags(parser: argparse.ArgumentParser, taken: frozenset[str] = frozenset()) -> None:
+    """A flag for every leaf of the recipe, under its own name and under section.name; values are read as YAML reads them."""
+    groups = {section: parser.add_argument_group(section) for section in SECTIONS}
+    for name, words in recipe_flags().items():
+        section, leaf = name.split(".")
+        flags = [f"--{name}"] if leaf in taken else [f"--{leaf}", f"--{name}"]
+        options = {"default": argparse.SUPPRESS, "type": yaml_value, "metavar": "X", "help": words.replace("%", "%%")}
+        groups[section].add_argument(*flags, dest=name, **options)
 
 
 def default_of(field) -> str:

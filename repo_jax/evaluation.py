@@ -7,12 +7,13 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from repo_jax.data.chat import PairTokens
+from repo_jax.config import Recipe
 from repo_jax.data.rows import row_batches
+from repo_jax.data.schema import PairTokens
 from repo_jax.losses import PairLogps
 from repo_jax.models.decoder import param_shapes
 from repo_jax.models.hf import from_hf
-from repo_jax.preparation import Setup
+from repo_jax.preparation import Setup, set_up
 from repo_jax.sharding import param_shardings
 from repo_jax.step import Scorer
 
@@ -41,8 +42,16 @@ def evaluate_pairs(scorer: Scorer, params: dict, pairs: Sequence[PairTokens]) ->
     return Evaluation({name: float(value) for name, value in metrics.items()}, np.asarray(scored.mean_margin_B))
 
 
-def evaluate_model(setup: Setup) -> dict[str, float]:
-    """The metrics of a model folder on its held-out pairs, mean_margin (nats per token) and their number among them."""
+def evaluate(recipe: Recipe) -> dict[str, float]:
+    """The metrics of a model folder on its held-out pairs, mean_margin (nats per token) and their number among them.
+
+    Raises ValueError or FileNotFoundError, before any device work, for what cannot be evaluated.
+    """
+    return evaluate_setup(set_up(recipe, training=False))
+
+
+def evaluate_setup(setup: Setup) -> dict[str, float]:
+    """evaluate, for a recipe that has been looked at."""
     params = from_hf(
         setup.recipe.model.model_name_or_path, setup.cfg, param_shardings(param_shapes(setup.cfg), setup.mesh)
     )

@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from repo_jax.checkpoint import restore_params
-from repo_jax.data.chat import PairTokens
 from repo_jax.data.rows import RowShape, row_batches
+from repo_jax.data.schema import PairTokens
 from repo_jax.logps import pair_logps
 from repo_jax.models import hf
 from repo_jax.models.config import DecoderConfig

@@ -14,8 +14,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from repo_jax.data.chat import PairTokens
 from repo_jax.data.rows import RowBatch, RowShape, row_batches
+from repo_jax.data.schema import PairTokens
 from repo_jax.logps import pair_logps
 from repo_jax.losses import Loss, PairLogps
 from repo_jax.metrics import preference_metrics

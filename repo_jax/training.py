@@ -15,12 +15,12 @@ from tqdm import tqdm
 from repo_jax.checkpoint import Checkpoints
 from repo_jax.config import Recipe, dump_recipe
 from repo_jax.data.batches import batch_indices, steps_per_epoch
-from repo_jax.data.chat import PairTokens
+from repo_jax.data.schema import PairTokens
 from repo_jax.evaluation import Evaluation, evaluate_pairs, summarize
 from repo_jax.export import check_output, export_model, model_card, write_base
 from repo_jax.models.hf import from_hf
 from repo_jax.optimizer import learning_rate, make_optimizer
-from repo_jax.preparation import Setup
+from repo_jax.preparation import Setup, set_up
 from repo_jax.report import read_metrics, summary_text, write_report
 from repo_jax.state import TrainState, initial_state, state_shapes, state_shardings
 from repo_jax.step import Scorer, TrainStep
@@ -35,8 +35,24 @@ FREE = {
 }
 
 
-def train(setup: Setup) -> pathlib.Path:
-    """Runs a recipe to its end, from its newest checkpoint if there is one; returns the run's folder."""
+def train(recipe: Recipe) -> pathlib.Path:
+    """Trains by a recipe, evaluates, exports and reports; returns the run's folder, with the model in its hf/.
+
+    Goes on from the folder's newest checkpoint. Raises ValueError or FileNotFoundError, before any device work, for what
+    cannot be run.
+    """
+    return run(prepare(recipe))
+
+
+def prepare(recipe: Recipe) -> Setup:
+    """Looks at every value of the recipe and makes its output folder this run's."""
+    setup = set_up(recipe, training=True)
+    claim(setup)
+    return setup
+
+
+def run(setup: Setup) -> pathlib.Path:
+    """The run itself, from its newest checkpoint if there is one, to its end."""
     recipe, folder = setup.recipe, pathlib.Path(setup.recipe.run.output_dir)
     say(describe(setup))
     optimizer = make_optimizer(recipe.optim, setup.total_steps)

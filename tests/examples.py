@@ -6,7 +6,7 @@ import pathlib
 import jax
 import numpy as np
 
-from repo_jax.data.chat import PairTokens
+from repo_jax.data.schema import PairTokens
 from repo_jax.models.config import DecoderConfig
 from repo_jax.models.decoder import param_shapes
 from repo_jax.models.hf import from_hf

@@ -1,43 +1,11 @@
 """Conversations to token ids: rendered once, tokenized once, the prompt split off where the rendered prompt ends."""
 
 import pathlib
-from typing import NamedTuple
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from repo_jax.data.schema import PreferenceExample
-
-
-class PairTokens(NamedTuple):
-    """One pair as ids. A branch is what follows the shared prompt; its first `skip` tokens are still prompt text.
-
-    skip is 0 but where the two answers make the tokenizer split the end of the prompt differently.
-    """
-
-    id: str
-    where: str
-    prompt: np.ndarray  # int32
-    chosen: np.ndarray
-    rejected: np.ndarray
-    skips: tuple[int, int] = (0, 0)  # (chosen, rejected)
-
-    @property
-    def branches(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.chosen, self.rejected
-
-    @property
-    def lengths(self) -> tuple[int, int, int]:
-        return len(self.prompt), len(self.chosen), len(self.rejected)
-
-    @property
-    def slots(self) -> int:
-        """How many slots of a row the pair takes."""
-        return sum(self.lengths)
-
-    @property
-    def scored(self) -> int:
-        return len(self.chosen) + len(self.rejected) - sum(self.skips)
+from repo_jax.data.schema import PairTokens, PreferenceExample
 
 
 def load_tokenizer(

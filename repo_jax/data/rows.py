@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from repo_jax.data.chat import PairTokens
+from repo_jax.data.schema import PairTokens
 
 
 class RowBatch(NamedTuple):

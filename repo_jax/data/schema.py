@@ -1,4 +1,4 @@
-"""Preference files: which rows they hold, and a plain answer to a row that is not one.
+"""Preference pairs as text and as ids, the files that hold them, and a plain answer to a row that is none.
 
 A row is TRL's preference form with an explicit prompt: `prompt`, `chosen` and `rejected` are either three texts, or three
 lists of {"role", "content"} messages.
@@ -8,6 +8,9 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
 
 COLUMNS = ("prompt", "chosen", "rejected")
 
@@ -25,6 +28,37 @@ class PreferenceExample:
     @property
     def conversational(self) -> bool:
         return isinstance(self.prompt, list)
+
+
+class PairTokens(NamedTuple):
+    """One pair as ids. A branch is what follows the shared prompt; its first `skip` tokens are still prompt text.
+
+    skip is 0 but where the two answers make the tokenizer split the end of the prompt differently.
+    """
+
+    id: str
+    where: str
+    prompt: np.ndarray  # int32
+    chosen: np.ndarray
+    rejected: np.ndarray
+    skips: tuple[int, int] = (0, 0)  # (chosen, rejected)
+
+    @property
+    def branches(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.chosen, self.rejected
+
+    @property
+    def lengths(self) -> tuple[int, int, int]:
+        return len(self.prompt), len(self.chosen), len(self.rejected)
+
+    @property
+    def slots(self) -> int:
+        """How many slots of a row the pair takes."""
+        return sum(self.lengths)
+
+    @property
+    def scored(self) -> int:
+        return len(self.chosen) + len(self.rejected) - sum(self.skips)
 
 
 def resolve_split(dataset: str, split: str) -> pathlib.Path:

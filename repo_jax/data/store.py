@@ -11,8 +11,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from repo_jax.data.chat import PairTokens, tokenize_pair
-from repo_jax.data.schema import PreferenceExample, read_preferences
+from repo_jax.data.chat import tokenize_pair
+from repo_jax.data.schema import PairTokens, PreferenceExample, read_preferences
 
 FORMAT = "1.0.0"  # raise it when what is stored changes
 NAMED = 5  # how many dropped rows of each kind are kept by id
@@ -21,8 +21,8 @@ NAMED = 5  # how many dropped rows of each kind are kept by id
 class TokenStore(Sequence):
     """The pairs of one file as ids, in file order; knows every length without reading the ids."""
 
-    def __init__(self, source, metadata: dict, key: str):
-        self._source = source
+    def __init__(self, path: pathlib.Path, source, metadata: dict, key: str):
+        self._path, self._source = path, source
         self.key = key  # of data + tokenizer + options
         self.lengths = np.asarray(metadata["lengths"], np.int64).reshape(-1, 3)  # prompt, chosen, rejected
         self.scored = np.asarray(metadata["scored"], np.int64)
@@ -39,7 +39,12 @@ class TokenStore(Sequence):
     def __getitem__(self, i: int) -> PairTokens:
         row = self._source[int(i)]
         arrays = (row[name].astype(np.int32) for name in ("prompt", "chosen", "rejected"))
-        return PairTokens(row["id"].decode(), row["where"].decode(), *arrays, tuple(int(skip) for skip in row["skips"]))
+        return PairTokens(
+            row["id"].decode(),
+            f"{self._path} {row['where'].decode()}",
+            *arrays,
+            tuple(int(skip) for skip in row["skips"]),
+        )
 
 
 class _PreferenceTokens(tfds.core.GeneratorBasedBuilder):
@@ -79,7 +84,15 @@ class _PreferenceTokens(tfds.core.GeneratorBasedBuilder):
             if reason is not None:
                 dropped[reason].append(pair.id)
                 continue
-            yield len(lengths), pair._asdict() | {"skips": np.asarray(pair.skips, np.int32)}
+            yield (
+                len(lengths),
+                pair._asdict()
+                | {
+                    # The file may be found elsewhere next time: its place is added when a row is read.
+                    "where": pair.where.removeprefix(f"{self._path} "),
+                    "skips": np.asarray(pair.skips, np.int32),
+                },
+            )
             lengths.append(list(pair.lengths))
             scored.append(pair.scored)
         self._metadata["lengths"], self._metadata["scored"] = lengths, scored
@@ -116,7 +129,7 @@ def open_store(path: pathlib.Path, tokenizer, *, max_length: int, cache_dir: str
     if not builder.data_path.exists():
         with _Quiet():
             builder.download_and_prepare()
-    return TokenStore(builder.as_data_source("pairs"), builder.info.metadata, key)
+    return TokenStore(path, builder.as_data_source("pairs"), builder.info.metadata, key)
 
 
 def _key(path: pathlib.Path, tokenizer, max_length: int) -> str:
@@ -129,8 +142,6 @@ def _key(path: pathlib.Path, tokenizer, max_length: int) -> str:
         max_length,
     ):
         digest.update(repr(part).encode())
-    # The file's name and place are part of the stored rows' `where`, which error messages quote.
-    digest.update(str(path).encode())
     with open(path, "rb") as file:
         digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:24]

@@ -173,6 +173,11 @@ def test_packing_wastes_little():
     assert used.mean() > 0.95 * 128
 
 
+def test_pack_takes_the_longest_first():
+    # In the order given, 2 3 4 would share a row and leave 5 and 6 one each.
+    assert pack([2, 3, 4, 5, 6], [1, 1, 1, 1, 1], T=10, S=10) == [[4, 2], [3, 1, 0]]
+
+
 def test_pack_fills_the_fullest_row_that_has_room():
     # 6 and 5 open a row each; 4 fills the row of 6, 3 and 2 that of 5.
     assert pack([6, 5, 4, 3, 2], [1, 1, 1, 1, 1], T=10, S=10) == [[0, 2], [1, 3, 4]]

@@ -1,0 +1,299 @@
+"""The commands, up to the first update: flags, help, and one line for every mistake."""
+
+import json
+import re
+
+import pytest
+import yaml
+from examples import ASSETS, ROOT, STORIES
+
+from repo_jax import cli
+from repo_jax.config import leaf_fields, load_recipe
+from repo_jax.losses import LOSSES, hyperparameters
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def recipe(tmp_path, cache):
+    """The quickstart's recipe with absolute paths, as a file; its output goes to tmp_path / 'run'."""
+    tree = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text(encoding="utf-8"))
+    tree["model"]["model_name_or_path"] = str(STORIES)
+    tree["data"] |= {"dataset_name": str(ASSETS / "preferences"), "cache_dir": str(cache)}
+    tree["run"]["output_dir"] = str(tmp_path / "run")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def refusal(capsys, tmp_path):
+    """Runs a command that must fail in one line and leave no output behind; returns the line."""
+
+    def run(*argv):
+        code = cli.main([str(arg) for arg in argv])
+        out, err = capsys.readouterr()
+        assert code == 2
+        assert out == ""
+        assert err.startswith("repo-jax: ") and err.endswith("\n") and err.count("\n") == 1
+        assert not (tmp_path / "run").exists()
+        return err.removeprefix("repo-jax: ").removesuffix("\n")
+
+    return run
+
+
+def read(*argv):
+    """The recipe that a command line amounts to."""
+    arguments, _, overrides = cli.parse([str(arg) for arg in argv])
+    return load_recipe(arguments.config, overrides)
+
+
+# Flags
+
+
+@pytest.mark.parametrize("flag", ["--learning_rate", "--optim.learning_rate"])
+def test_a_flag_overrides_the_file_under_either_name(recipe, flag):
+    assert load_recipe(recipe).optim.learning_rate == 3e-3
+    assert read("train", recipe, flag, "1e-6").optim.learning_rate == 1e-6
+
+
+@pytest.mark.parametrize("flag", ["--gamma", "--loss.gamma"])
+def test_a_hyperparameter_of_the_loss_is_a_flag_too(recipe, flag):
+    assert load_recipe(recipe).loss == {"loss_type": "repo", "gamma": 0.5}
+    assert read("train", recipe, flag, "0.25").loss == {"loss_type": "repo", "gamma": 0.25}
+
+
+def test_flags_touch_nothing_else(recipe):
+    assert read("train", recipe) == load_recipe(recipe)
+    assert read("train", recipe, "--seed", "7") == load_recipe(recipe, {"run.seed": 7}) != load_recipe(recipe)
+
+
+def test_a_flag_reads_null_and_negative_numbers(recipe):
+    after = read("train", recipe, "--row_length", "null", "--fsdp", "-1", "--gamma", "-0.5")
+    assert (after.data.row_length, after.mesh.fsdp, after.loss["gamma"]) == (None, -1, -0.5)
+
+
+@pytest.mark.parametrize("text", ["2024", "1e-6", "[EOS]", "a: b", "true"])
+def test_the_flag_of_a_text_takes_it_as_it_stands(recipe, text):
+    after = read("train", recipe, "--output_dir", text, "--eos_token", text)
+    assert (after.run.output_dir, after.model.eos_token) == (text, text)
+
+
+def test_evaluate_has_short_flags_for_model_and_data(recipe, refusal):
+    # --data is the file here; the mesh's axis of that name goes by its full one.
+    assert read("evaluate", recipe, "--data", "x.jsonl", "--mesh.data", "8").mesh.data == 8
+    assert refusal("evaluate", recipe, "--model", "nowhere").startswith("model_name_or_path='nowhere' is not a folder")
+    assert refusal("evaluate", recipe, "--data", "x.jsonl").startswith("'x.jsonl' is neither a .jsonl file nor")
+
+
+@pytest.fixture
+def help_of(capsys, monkeypatch):
+    """What --help prints of a command, in one line."""
+    monkeypatch.setenv("COLUMNS", "1000")  # or words are broken at their hyphens
+
+    def run(command):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([command, "--help"])
+        assert stopped.value.code == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    return run
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_help_lists_every_leaf_with_its_default(help_of, command):
+    text = help_of(command)
+    for name, (section, field) in leaf_fields().items():
+        short = "" if (command, name) == ("evaluate", "data") else rf"--{name}( X)?, "
+        default = "none, it must be set" if field.default.is_required() else json.dumps(field.default.default)
+        words = re.escape(f"{field.default.description} (default: {default})")
+        assert re.search(rf"{short}--{section}\.{name} X {words}", text)
+
+
+def test_help_lists_every_hyperparameter_with_its_default_in_every_loss(help_of):
+    text = help_of("train")
+    assert "--loss.gamma X of repo 0.5, simpo 0.25" in text
+    for name in {name for loss in LOSSES.values() for name in hyperparameters(loss)}:
+        takers = [f"{kind} {taken[name]:g}" for kind in LOSSES if name in (taken := hyperparameters(LOSSES[kind]))]
+        assert re.search(rf"--{name}( X)?, --loss\.{name} X of {re.escape(', '.join(takers))}", text)
+
+
+# Mistakes
+
+
+def test_a_recipe_that_is_not_there_is_answered(refusal):
+    assert refusal("train", "nowhere.yaml") == "no recipe at 'nowhere.yaml'; give the path of a YAML file"
+
+
+def test_a_misspelt_field_is_answered(recipe, refusal):
+    recipe.write_text(recipe.read_text().replace("learning_rate:", "learning_rates:"))
+    assert refusal("train", recipe) == ("recipe.optim has no field 'learning_rates'; did you mean 'learning_rate'?")
+
+
+def test_a_recipe_that_is_not_yaml_is_answered(recipe, refusal):
+    recipe.write_text("model: {")
+    assert refusal("train", recipe).startswith(f"'{recipe}' is not YAML: ")
+
+
+@pytest.mark.parametrize("flag", ["--learning_rates", "--optim.learning_rates"])
+def test_a_misspelt_flag_is_answered(recipe, refusal, flag):
+    said = refusal("train", recipe, flag, "1e-6")
+    assert f"'{flag}'" in said
+    assert f"did you mean '{flag.removesuffix('s')}'?" in said
+
+
+def test_a_value_of_the_wrong_kind_is_answered(recipe, refusal):
+    assert refusal("train", recipe, "--learning_rate", "fast") == (
+        "recipe.optim.learning_rate='fast'; wanted a valid number, unable to parse string as a number"
+    )
+
+
+def test_a_model_folder_that_is_not_there_is_answered(recipe, refusal):
+    assert refusal("train", recipe, "--model_name_or_path", "nowhere") == (
+        "model_name_or_path='nowhere' is not a folder with a config.json; "
+        "give the folder of a Hugging Face model (hf download ORG/NAME --local-dir FOLDER makes one)"
+    )
+
+
+def test_data_that_are_not_there_are_answered(recipe, refusal):
+    assert refusal("train", recipe, "--dataset_name", "nowhere").startswith("'nowhere' is neither a .jsonl file nor")
+    assert refusal("train", recipe, "--dataset_train_split", "dev").endswith("splits present: test, train")
+
+
+def test_data_that_are_not_named_are_asked_for(recipe, refusal):
+    assert refusal("train", recipe, "--dataset_name", "null") == (
+        "recipe.data.dataset_name is not set; give a .jsonl file of preference pairs, or a folder of them"
+    )
+
+
+def test_a_bad_data_line_is_named(recipe, refusal, tmp_path):
+    good = (ASSETS / "preferences" / "test.jsonl").read_text(encoding="utf-8").splitlines()[:2]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("\n".join([*good, '{"prompt": "a", "chosen": "b"}']), encoding="utf-8")
+    assert refusal("train", recipe, "--dataset_name", data) == (
+        f"{data} line 3 has no 'rejected'; wanted prompt, chosen, rejected, found prompt, chosen"
+    )
+
+
+def test_data_of_which_nothing_is_left_are_answered(recipe, refusal):
+    said = refusal("train", recipe, "--max_length", "5")
+    assert said.startswith(f"no pair of {ASSETS / 'preferences' / 'train.jsonl'} can be used (600 over_long")
+
+
+def test_a_broken_chat_template_is_answered(recipe, refusal):
+    assert "chat template" in refusal("train", recipe, "--chat_template", "{% for %}")
+
+
+def test_a_max_length_beyond_the_models_positions_is_answered(recipe, refusal):
+    assert refusal("train", recipe, "--max_length", "513") == (
+        "max_length=513 but the model has 512 positions; lower max_length to at most that"
+    )
+
+
+def test_a_pair_longer_than_a_row_is_answered(recipe, refusal):
+    said = refusal("train", recipe, "--row_length", "100")
+    assert re.fullmatch(
+        r"pair '.+' \(.+ line \d+\) takes \d+ slots \(prompt \d+ \+ chosen \d+ \+ rejected \d+\) but row_length is 100; "
+        r"raise row_length to \d+, or lower max_length below \d+ to drop such pairs",
+        said,
+    )
+
+
+def test_a_held_out_pair_longer_than_a_row_is_answered(recipe, refusal, tmp_path):
+    data = tmp_path / "short.jsonl"
+    data.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', encoding="utf-8")
+    held_out = ASSETS / "preferences" / "test.jsonl"
+    said = refusal("train", recipe, "--dataset_name", data, "--eval_dataset_name", held_out, "--row_length", "100")
+    assert f"({held_out} line " in said and "but row_length is 100" in said
+
+
+def test_a_pair_with_more_scored_tokens_than_a_row_is_answered(recipe, refusal):
+    said = refusal("train", recipe, "--scored_length", "100")
+    assert re.fullmatch(
+        r"pair '.+' \(.+ line \d+\) has \d+ scored tokens but scored_length is 100; raise scored_length to \d+", said
+    )
+
+
+@pytest.mark.parametrize("name", ["row_length", "scored_length"])
+def test_the_room_that_is_asked_for_is_enough(recipe, refusal, name):
+    (enough,) = re.findall(rf"raise {name} to (\d+)", refusal("train", recipe, f"--{name}", "100"))
+    # With that much room the pairs fit, and the next mistake is found.
+    said = refusal("train", recipe, f"--{name}", enough, "--train_batch_size", "601")
+    assert said == "train_batch_size=601 but there are 600 pairs to train on; lower train_batch_size to at most 600"
+
+
+def test_a_mesh_that_is_not_the_devices_is_answered(recipe, refusal):
+    assert refusal("train", recipe, "--fsdp", "3") == (
+        "mesh data=1 fsdp=3 tensor=1 needs 3 devices but 8 are present; "
+        "make the axes multiply to 8, or set one of them to -1"
+    )
+    assert refusal("train", recipe, "--tensor", "3") == (
+        "mesh data=1 fsdp=-1 tensor=3 leaves 8 / 3 devices for the axis that is -1; "
+        "make the other axes multiply to a divisor of 8"
+    )
+
+
+def test_a_mesh_that_does_not_divide_the_model_is_answered(recipe, refusal):
+    said = refusal("train", recipe, "--tensor", "8")
+    assert re.fullmatch(
+        r"axis F of 'layers_L/mlp/\w+' has size 172, which mesh.tensor=8 does not divide; "
+        r"lower mesh.tensor to a divisor of 172",
+        said,
+    )
+
+
+def test_an_unknown_loss_is_answered(recipe, refusal):
+    assert refusal("train", recipe, "--loss_type", "dpo") == "unknown loss_type 'dpo'; choose one of repo, simpo"
+    assert refusal("train", recipe, "--loss_type", "[repo]").startswith("unknown loss_type ")
+
+
+def test_a_hyperparameter_of_another_loss_is_answered(recipe, refusal):
+    assert refusal("train", recipe, "--beta", "2.0") == "loss 'repo' has no hyperparameter 'beta'; it takes gamma"
+
+
+@pytest.mark.parametrize("value", ["half", "null", "true", ".nan"])
+def test_a_hyperparameter_that_is_no_number_is_answered(recipe, refusal, value):
+    said = refusal("train", recipe, "--gamma", value)
+    assert said.startswith("loss 'repo': gamma=") and said.endswith(" must be a number, in nats per token")
+
+
+def test_an_end_token_that_is_not_one_is_answered(recipe, refusal):
+    assert refusal("train", recipe, "--eos_token", "<|im_end|>").startswith("eos_token='<|im_end|>' is not one token")
+
+
+def test_evaluating_on_nothing_is_answered(refusal):
+    assert refusal("evaluate", "--model", STORIES) == (
+        "there is nothing to evaluate on; give --data a .jsonl file of preference pairs"
+    )
+
+
+def test_evaluating_nothing_is_answered(refusal):
+    assert refusal("evaluate", "--data", "x.jsonl").startswith("recipe.model.model_name_or_path is not set;")
+
+
+def test_exporting_what_is_no_checkpoint_is_answered(refusal, tmp_path):
+    assert refusal("export", "--checkpoint", tmp_path, "--output", tmp_path / "out") == (
+        f"'{tmp_path}' is not a checkpoint-N folder in the folder of a run; give the path of one"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_exporting_over_what_is_no_model_is_answered(refusal, tmp_path):
+    (tmp_path / "notes.txt").touch()
+    assert refusal("export", "--checkpoint", "checkpoint-1", "--output", tmp_path) == (
+        f"output '{tmp_path}' exists and is not an exported model; name a new folder"
+    )
+    assert (tmp_path / "notes.txt").exists()
+
+
+def test_a_fault_of_the_work_itself_keeps_its_traceback(recipe, monkeypatch):
+    def fail(setup):
+        raise ValueError("a fault of ours")
+
+    monkeypatch.setattr("repo_jax.training.claim", lambda setup: None)
+    monkeypatch.setattr("repo_jax.training.train", fail)
+    with pytest.raises(ValueError, match="a fault of ours"):
+        cli.main(["train", str(recipe)])

@@ -1,0 +1,91 @@
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from examples import STORIES, one_device, stories
+
+from repo_jax import export
+from repo_jax.data.chat import load_tokenizer
+from repo_jax.export import export_model, model_card, write_base
+from repo_jax.models import hf
+
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+
+
+@pytest.fixture
+def base(tmp_path):
+    write_base(STORIES, load_tokenizer(STORIES, chat_template=TEMPLATE, eos_token="<s>"), tmp_path / "base")
+    return tmp_path / "base"
+
+
+def exported(base, output):
+    cfg, params = stories()
+    return export_model(params, cfg, one_device(), base=base, output=output, card="a card")
+
+
+def test_an_export_holds_the_weights_and_all_that_goes_with_them(base, tmp_path):
+    assert exported(base, tmp_path / "out") == 0
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (STORIES / "model.safetensors").read_bytes()
+    assert (tmp_path / "out" / "README.md").read_text() == "a card"
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert modes == {(base / "config.json").stat().st_mode & 0o777}
+
+
+def test_template_and_end_token_of_the_run_go_with_the_model(base, tmp_path):
+    exported(base, tmp_path / "out")
+    tokenizer = load_tokenizer(tmp_path / "out")
+    assert tokenizer.eos_token == "<s>" and tokenizer.chat_template == TEMPLATE
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "out" / name).read_text())["eos_token_id"] == 1
+
+
+def test_a_list_of_end_tokens_is_kept_if_the_runs_is_among_them(tmp_path):
+    source = shutil.copytree(STORIES, tmp_path / "source")
+    for ends, kept in (([1, 5], [1, 5]), ([5, 6], 1), (7, 1)):
+        (source / "generation_config.json").write_text(json.dumps({"eos_token_id": ends, "temperature": 0.6}))
+        write_base(source, load_tokenizer(source, eos_token="<s>"), tmp_path / "base")
+        assert json.loads((tmp_path / "base" / "generation_config.json").read_text()) == {
+            "eos_token_id": kept,
+            "temperature": 0.6,
+        }
+
+
+def test_an_export_that_does_not_read_back_alike_is_no_export(base, tmp_path, monkeypatch):
+    exported(base, tmp_path / "out")
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    original = hf.hf_tensors
+
+    def spoilt(*args, **kwargs):
+        for name, tensor in original(*args, **kwargs):
+            yield name, tensor * np.float32(1.01) if name == "model.norm.weight" else tensor
+
+    monkeypatch.setattr(hf, "hf_tensors", spoilt)
+    with pytest.raises(
+        RuntimeError, match=r"log-probs differ by .* nats per token from the trained one's; nothing was written"
+    ):
+        exported(base, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
+
+
+def test_the_probe_notices_a_change_in_any_parameter():
+    cfg, params = stories()
+    plain = export.probe(params, cfg, one_device())
+    leaves, tree = jax.tree.flatten(params)
+    for i, leaf in enumerate(leaves):
+        changed = tree.unflatten([*leaves[:i], leaf * 1.05, *leaves[i + 1 :]])
+        assert np.abs(export.probe(changed, cfg, one_device()) - plain).max() > 1e-3
+
+
+def test_the_card_says_where_the_model_came_from_and_what_was_measured():
+    results = {"pairs": 7, "before": {"loss": 0.5}, "after": {"loss": 0.25}}
+    card = model_card("loss:\n  gamma: 0.5\n", base="some/model", results=results)
+    assert (
+        "`some/model`" in card
+        and "| loss | 0.5000 | 0.2500 |" in card
+        and "gamma: 0.5" in card
+        and "7 held-out pairs" in card
+    )

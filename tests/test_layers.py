@@ -1,0 +1,78 @@
+"""The shape of the house: a file imports from lower layers only, and what must stay light stays light."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from examples import ROOT
+
+LAYERS = [
+    {"config", "losses", "sharding", "models.config", "data.schema", "data.chat", "data.store"},
+    {"models.attention", "models.hf", "data.rows", "data.batches", "optimizer"},
+    {"models.decoder"},
+    {"logps", "state", "metrics"},
+    {"step", "checkpoint", "preparation"},
+    {"evaluation", "export", "report"},
+    {"training"},
+    {"cli"},
+    {"__main__", "__init__"},
+]
+LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
+# Inside data, which no other layer 0 file reads, each step reads the one before it.
+CHAIN = ["data.schema", "data.chat", "data.store"]
+FILES = sorted(path for path in (ROOT / "repo_jax").rglob("*.py") if path.read_text().strip())
+
+
+def name_of(path) -> str:
+    parts = path.relative_to(ROOT / "repo_jax").with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+def imports_of(path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("repo_jax"):
+            module = node.module.removeprefix("repo_jax").lstrip(".")
+            inner = {f"{module}.{alias.name}".lstrip(".") for alias in node.names}
+            found |= (inner & LAYER.keys()) or {module}
+    return found
+
+
+def test_every_file_has_a_layer():
+    assert {name_of(path) for path in FILES} <= LAYER.keys()
+    assert {name for name in LAYER if name != "__init__"} <= {name_of(path) for path in FILES}
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_a_file_imports_from_lower_layers_only(path):
+    name = name_of(path)
+    for other in imports_of(path):
+        chained = name in CHAIN and other in CHAIN and CHAIN.index(other) < CHAIN.index(name)
+        assert LAYER[other] < LAYER[name] or chained, (
+            f"{name} (layer {LAYER[name]}) imports {other} (layer {LAYER[other]})"
+        )
+
+
+@pytest.mark.parametrize(
+    "module, heavy",
+    [
+        ("repo_jax", ["jax", "transformers", "tensorflow_datasets"]),
+        ("repo_jax.data.rows", ["jax", "transformers"]),
+        ("repo_jax.data.store", ["jax", "tensorflow"]),
+        ("repo_jax.config", ["jax"]),
+        ("repo_jax.training", ["tensorflow"]),
+    ],
+)
+def test_importing_one_thing_does_not_drag_in_another(module, heavy):
+    code = f"import {module}, sys; print([name for name in {heavy} if name in sys.modules])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
+
+
+def test_no_file_reaches_into_private_or_deprecated_jax():
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        for forbidden in ("jax._src", "jax.experimental", "with mesh:", "import torch", "import tensorflow\n"):
+            assert forbidden not in text, f"{path} has {forbidden}"

@@ -1,0 +1,208 @@
+"""Whole runs of the real model on a few real pairs, through the command line."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import yaml
+from examples import ASSETS, ROOT, STORIES
+
+from repo_jax.cli import main
+
+STEPS, SAVE = 9, 3
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """The quickstart on 48 short pairs, 16 of them held out."""
+    folder = tmp_path_factory.mktemp("recipe")
+    rows = (ASSETS / "preferences" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    short = [row for row in rows if len(row) < 600][:48]
+    (folder / "data").mkdir()
+    (folder / "data" / "train.jsonl").write_text("\n".join(short[:32]) + "\n", encoding="utf-8")
+    (folder / "data" / "test.jsonl").write_text("\n".join(short[32:]) + "\n", encoding="utf-8")
+    tree = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text(encoding="utf-8"))
+    tree["model"]["model_name_or_path"] = str(STORIES)
+    tree["data"] |= {"dataset_name": str(folder / "data"), "row_length": None, "cache_dir": str(folder / "cache")}
+    tree["optim"] |= {"train_batch_size": 8, "max_steps": STEPS, "learning_rate": 1e-3}
+    tree["run"] |= {"save_steps": SAVE, "save_total_limit": 3}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return path
+
+
+def command(recipe, output, *flags):
+    """A run as a user starts it: a process of its own, on one device."""
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    arguments = [sys.executable, "-m", "repo_jax", "train", str(recipe), "--output_dir", str(output), *flags]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def finished(process) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def unbroken(recipe, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "unbroken"
+    return run, finished(command(recipe, run))
+
+
+def test_a_run_leaves_everything_that_was_promised(unbroken):
+    run, output = unbroken
+    names = {path.name for path in run.iterdir()}
+    assert {"recipe.yaml", "metrics.jsonl", "eval_results.json", "report.md", "loss.png", "margins.png"} <= names
+    assert {"active_fraction.png", "hf", "checkpoint-9", "checkpoint-6"} <= names
+    assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+            "chat_template.jinja", "README.md"} <= {path.name for path in (run / "hf").iterdir()}  # fmt: skip
+    results = json.loads((run / "eval_results.json").read_text())
+    assert results["pairs"] == 16 and results["after"]["mean_margin"] != results["before"]["mean_margin"]
+    for words, name in (
+        ("held-out ranking accuracy", "rewards/accuracies"),
+        ("mean margin", "mean_margin"),
+        ("active fraction", "active_fraction"),
+    ):
+        numbers = re.search(rf"{words}.*?([+-]\d\.\d+)\s+([+-]\d\.\d+)", output)
+        assert [float(n) for n in numbers.groups()] == [round(results[when][name], 3) for when in ("before", "after")]
+    assert str(run / "hf") in output and str(run / "report.md") in output
+
+
+def test_each_update_is_logged_once_under_trls_names(unbroken):
+    logged = lines(unbroken[0])
+    assert [line["step"] for line in logged] == list(range(1, STEPS + 1))
+    assert {"loss", "grad_norm", "learning_rate", "epoch", "rewards/chosen", "rewards/rejected", "rewards/margins",
+            "rewards/accuracies", "logps/chosen", "logps/rejected", "active_fraction", "padding_fraction",
+            "pairs_per_second", "tokens_per_second"} <= logged[0].keys()  # fmt: skip
+    assert [line["learning_rate"] for line in logged[:2]] == [0, pytest.approx(1e-3)] and logged[3]["epoch"] == 1.0
+
+
+def test_sigkill_and_a_new_start_end_bit_for_bit_where_an_unbroken_run_does(recipe, unbroken, tmp_path):
+    run = tmp_path / "broken"
+    process = command(recipe, run)
+    deadline = time.monotonic() + 240
+    while not (run / "checkpoint-6").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    reached = max(line["step"] for line in lines(run))
+    output = finished(command(recipe, run))
+    start = int(re.search(r"going on from .*checkpoint-(\d+)", output)[1])
+    assert start in (6, 9) and reached - start <= SAVE
+    ran_again = [int(step) for step in re.findall(r"update (\d+)/", output)]
+    assert ran_again == list(range(start + 1, STEPS + 1))
+    assert [line["step"] for line in lines(run)] == list(range(1, STEPS + 1))
+    ours, theirs = ((folder / "hf" / "model.safetensors").read_bytes() for folder in (run, unbroken[0]))
+    assert ours == theirs
+    for one, other in zip(lines(run), lines(unbroken[0]), strict=True):
+        timings = {"pairs_per_second", "tokens_per_second"}
+        assert {k: v for k, v in one.items() if k not in timings} == {
+            k: v for k, v in other.items() if k not in timings
+        }
+
+
+def test_a_finished_run_started_again_trains_no_more_and_says_the_same(recipe, unbroken):
+    run, output = unbroken
+    weights = (run / "hf" / "model.safetensors").read_bytes()
+    again = finished(command(recipe, run))
+    assert f"checkpoint-{STEPS}: 0 of {STEPS} updates are left" in again and "update 1/" not in again
+    assert again[again.index("16 held-out pairs") :] == output[output.index("16 held-out pairs") :]
+    assert (run / "hf" / "model.safetensors").read_bytes() == weights
+
+
+def test_the_exported_folder_is_what_transformers_loads_and_scores_alike(unbroken, recipe, capsys):
+    torch = pytest.importorskip("torch", reason="the oracle is transformers' own model, which needs torch")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = unbroken[0] / "hf"
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    data = yaml.safe_load(recipe.read_text())["data"]["dataset_name"]
+    rows = [json.loads(line) for line in pathlib.Path(data, "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    margins = []
+    for row in rows:
+        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+        means = []
+        for side in ("chosen", "rejected"):
+            ids = tokenizer.apply_chat_template(row["prompt"] + row[side], return_dict=False)
+            ids, start = ([1, *ids], len(prompt) + 1) if ids[0] != 1 else (ids, len(prompt))
+            with torch.no_grad():
+                logps = torch.log_softmax(model(torch.tensor([ids])).logits[0, :-1], -1)
+            means.append(logps[range(start - 1, len(ids) - 1), ids[start:]].mean().item())
+        margins.append(means[0] - means[1])
+    np.testing.assert_allclose(np.load(unbroken[0] / "margins_after.npy"), margins, atol=1e-4)
+    assert main(["evaluate", "--model", str(folder), "--data", f"{data}/test.jsonl"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    np.testing.assert_allclose(printed["mean_margin"], np.mean(margins), atol=1e-4)
+
+
+def test_export_writes_any_checkpoint_though_the_first_model_is_gone(unbroken, tmp_path, capsys):
+    assert main(["export", "--checkpoint", str(unbroken[0] / "checkpoint-9"), "--output", str(tmp_path / "out")]) == 0
+    ours = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    theirs = safetensors.numpy.load_file(unbroken[0] / "hf" / "model.safetensors")
+    assert ours.keys() == theirs.keys() and all(ours[name].tobytes() == theirs[name].tobytes() for name in ours)
+    assert "reloaded" in capsys.readouterr().out
+    assert str(STORIES) not in (tmp_path / "out" / "config.json").read_text()
+
+
+def test_two_pass_trains_to_the_same_weights(unbroken, recipe, tmp_path):
+    finished(command(recipe, tmp_path / "run", "--mode", "two_pass"))
+    before = safetensors.numpy.load_file(STORIES / "model.safetensors")
+    ours, theirs = (
+        safetensors.numpy.load_file(run / "hf" / "model.safetensors") for run in (tmp_path / "run", unbroken[0])
+    )
+    moved, apart = (
+        sum(((a[name] - b[name]) ** 2).sum() for name in a) ** 0.5 for a, b in ((theirs, before), (ours, theirs))
+    )
+    assert apart <= 1e-3 * moved
+
+
+def test_evaluations_on_the_way_stand_in_the_line_of_their_update(recipe, tmp_path):
+    finished(command(recipe, tmp_path / "run", "--eval_steps", "2", "--max_steps", "4", "--logging_steps", "3"))
+    logged = lines(tmp_path / "run")
+    assert [(line["step"], "eval_loss" in line) for line in logged] == [(2, True), (3, False), (4, True)]
+    results = json.loads((tmp_path / "run" / "eval_results.json").read_text())
+    assert logged[-1]["eval_rewards/accuracies"] == results["after"]["rewards/accuracies"]
+
+
+def refused(capsys, *arguments) -> str:
+    assert main([str(argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def test_a_folder_holds_one_run(recipe, unbroken, capsys):
+    error = refused(capsys, "train", recipe, "--output_dir", unbroken[0], "--learning_rate", "2e-3")
+    assert (
+        f"output_dir='{unbroken[0]}' holds another run (optim.learning_rate 0.001 there, 0.002 here); name a new output_dir"
+        in error
+    )
+
+
+def test_export_refuses_a_folder_that_is_no_model_and_a_checkpoint_that_is_none(unbroken, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("keep me")
+    checkpoint = unbroken[0] / "checkpoint-9"
+    assert "exists and is not an exported model; name a new folder" in refused(
+        capsys, "export", "--checkpoint", checkpoint, "--output", tmp_path / "mine"
+    )
+    assert (tmp_path / "mine" / "letter.txt").exists()
+    assert "is not a checkpoint-N folder" in refused(
+        capsys, "export", "--checkpoint", tmp_path, "--output", tmp_path / "out"
+    )
