@@ -31,6 +31,10 @@ class _Names(ocp.path.step.NameFormat):
         return ocp.path.step.Metadata(step=step, path=path)
 
 
+def holds_checkpoints(folder: pathlib.Path) -> bool:
+    return folder.is_dir() and any(NAME.fullmatch(path.name) for path in folder.iterdir())
+
+
 class Checkpoints:
     """The checkpoints of one run folder; close it, or use it in a with statement, to wait for the last write."""
 

@@ -26,7 +26,7 @@ class ModelSection:
     eos_token: str | None = Field(None, description="the token that ends an answer; null: the tokenizer's own")
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="what the model computes in, over float32 parameters; auto: bfloat16 on TPU and GPU, float32 on CPU",
+        description="what the model computes in, over float32 parameters; auto: bfloat16 on TPU and recent GPUs, else float32",
     )
     remat: Literal["none", "dots", "full"] = Field(
         "full",

@@ -43,9 +43,12 @@ class Setup(NamedTuple):
 
 
 def compute_dtype(name: str):
-    """auto is bfloat16 where the hardware multiplies it fast."""
+    """auto is bfloat16 where the hardware multiplies it fast: TPUs, NVIDIA GPUs from Ampere on, AMD's."""
     if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        device = jax.devices()[0]
+        capability = getattr(device, "compute_capability", "0")  # "9.0" on NVIDIA, "gfx90a" on AMD
+        fast = device.platform == "tpu" or capability.startswith("gfx") or float(capability) >= 8
+        name = "bfloat16" if fast else "float32"
     return jnp.dtype(name)
 
 

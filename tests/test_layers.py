@@ -14,6 +14,8 @@ LAYERS = [
     {"logps", "state", "metrics"},
     {"step", "checkpoint", "preparation"},
     {"evaluation", "export", "report"},
+    {"run_folder"},
+    {"progress"},
     {"training"},
     {"cli"},
     {"__main__", "__init__"},

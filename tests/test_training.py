@@ -195,6 +195,21 @@ def test_a_folder_holds_one_run(recipe, unbroken, capsys):
     )
 
 
+def test_checkpoints_of_another_program_are_not_gone_on_from(recipe, tmp_path, capsys):
+    (tmp_path / "run" / "checkpoint-500").mkdir(parents=True)
+    assert "holds checkpoints but no recipe.yaml, so not a run of repo-jax" in refused(
+        capsys, "train", recipe, "--output_dir", tmp_path / "run"
+    )
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-500"]
+
+
+def test_a_single_file_trains_without_held_out_pairs(recipe, tmp_path):
+    file = pathlib.Path(yaml.safe_load(recipe.read_text())["data"]["dataset_name"], "train.jsonl")
+    output = finished(command(recipe, tmp_path / "run", "--dataset_name", str(file), "--max_steps", "1"))
+    assert "held-out" not in output and str(tmp_path / "run" / "hf") in output
+    assert not (tmp_path / "run" / "eval_results.json").exists() and (tmp_path / "run" / "report.md").exists()
+
+
 def test_export_refuses_a_folder_that_is_no_model_and_a_checkpoint_that_is_none(unbroken, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("keep me")

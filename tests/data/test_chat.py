@@ -252,13 +252,6 @@ def test_the_pair_keeps_the_rows_id_and_place():
     assert (pair.id, pair.where) == ("7", "pairs.jsonl line 7")
 
 
-def test_lengths_slots_and_scored_count_the_tokens():
-    pair = tokenize_pair(letters("bc", "ab"), texts("xab", "cy", "dyz"))
-    assert pair.lengths == (1, 3, 4)  # x; a bc y; ab d y z
-    assert pair.slots == 8
-    assert pair.scored == 5  # bc y; d y z
-
-
 # What is refused
 
 

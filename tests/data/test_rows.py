@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from examples import pair_of, random_pairs
 
-from repo_jax.data.chat import PairTokens
 from repo_jax.data.rows import RowShape, pack, row_batches, suggest_row_length, suggest_scored_length, too_long
+from repo_jax.data.schema import PairTokens
 
 V = 1000
 

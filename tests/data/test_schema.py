@@ -2,9 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 
-from repo_jax.data.schema import PreferenceExample, read_preferences, resolve_split
+from repo_jax.data.schema import PairTokens, PreferenceExample, read_preferences, resolve_split
 
 TEXTS = {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5"}
 MESSAGES = {
@@ -141,6 +142,12 @@ def test_an_empty_list_of_messages_is_refused(file):
     assert refusal(file(MESSAGES | {"rejected": []})) == (
         "line 1: 'rejected' is an empty list; wanted at least one message"
     )
+
+
+def test_a_pair_of_ids_counts_its_tokens():
+    pair = PairTokens("", "", *(np.zeros(n, np.int32) for n in (2, 3, 5)), skips=(1, 2))
+    assert [branch.size for branch in pair.branches] == [3, 5]
+    assert (pair.lengths, pair.slots, pair.scored) == ((2, 3, 5), 10, 5)
 
 
 def test_a_file_is_its_own_split(file):

@@ -26,8 +26,8 @@ def tokenizer():
 def file(tmp_path):
     """Writes (prompt, chosen, rejected) rows, with ids row-0, row-1, ..., to pairs.jsonl and returns its path."""
 
-    def write(rows=PAIRS, name="pairs.jsonl"):
-        path = tmp_path / name
+    def write(rows=PAIRS):
+        path = tmp_path / "pairs.jsonl"
         columns = ("prompt", "chosen", "rejected")
         lines = [
             json.dumps({"id": f"row-{i}"} | dict(zip(columns, row, strict=True))) + "\n" for i, row in enumerate(rows)
@@ -185,10 +185,19 @@ def test_the_key_is_that_of_data_tokenizer_and_options(file, opened):
         "eos_token": opened(path, tokenizer=other_eos).key,
         "chat_template": opened(path, tokenizer=other_template).key,
         "bos_token": opened(path, tokenizer=no_bos).key,
-        "place": opened(file(name="others.jsonl")).key,
         "data": opened(file([*PAIRS[:2], ("The dog", " ran", " sat up")])).key,
     }
     assert len(set(keys.values())) == len(keys)
+
+
+def test_a_file_found_elsewhere_is_the_same_data_in_its_new_place(file, opened, monkeypatch):
+    path = file()
+    before = opened(path)
+    moved = path.rename(path.with_name("moved.jsonl"))
+    monkeypatch.setattr(store, "tokenize_pair", refuse)
+    after = opened(moved)
+    assert after.key == before.key
+    assert after[1].where == f"{moved} line 2"
 
 
 def test_changed_data_is_tokenized_anew(file, opened):

@@ -1,0 +1,112 @@
+"""metrics.jsonl and what people see while a run goes on."""
+
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+from tqdm import tqdm
+
+from repo_jax.data.batches import steps_per_epoch
+from repo_jax.data.schema import PairTokens
+from repo_jax.evaluation import Evaluation
+from repo_jax.optimizer import learning_rate
+from repo_jax.preparation import Setup
+from repo_jax.report import read_metrics
+from repo_jax.run_folder import write_whole
+
+
+class Log:
+    """metrics.jsonl, one JSON object per line and each step once, and the progress that people see.
+
+    Stays one update behind, so that the device is never waited for while it has nothing else to do.
+    """
+
+    SHOWN = ("loss", "rewards/accuracies", "active_fraction", "pairs_per_second")
+
+    def __init__(self, setup: Setup, path: pathlib.Path, start: int):
+        self._every, self._total = setup.recipe.run.logging_steps, setup.total_steps
+        self._rate = learning_rate(setup.recipe.optim, setup.total_steps)
+        self._epoch_steps = steps_per_epoch(len(setup.train), setup.recipe.optim.train_batch_size)
+        # Lines beyond the checkpoint belong to updates that will be done again.
+        kept = [line for line in read_metrics(path) if line["step"] <= start]
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for as long as the run
+        self._bar = tqdm(total=self._total, initial=start, desc="training", unit=" updates", disable=None)
+        self._pending = None  # (step, metrics) of an update that may still run
+        self._clock, self._pairs, self._tokens = time.perf_counter(), 0, 0  # since the last line
+
+    def update(self, step: int, metrics: dict, pairs: list[PairTokens]) -> None:
+        """Takes the metrics of an update just started; writes those of the one before."""
+        self.flush()
+        self._pending = (step, metrics)
+        self._pairs += len(pairs)
+        self._tokens += sum(pair.slots for pair in pairs)
+        self._bar.update()
+
+    def evaluated(self, evaluate: Callable[[], Evaluation]) -> None:
+        """Adds an evaluation to the line of the pending update; its time is not counted as training."""
+        step, metrics = self._pending
+        jax.block_until_ready(metrics)
+        started = time.perf_counter()
+        metrics |= {f"eval_{name}": value for name, value in evaluate().metrics.items()}
+        self._clock += time.perf_counter() - started
+        self._pending = (step, metrics)
+
+    def before_update(self) -> None:
+        """On CPU, where running ahead gains nothing, the pending line is written now: its time is then its own."""
+        if jax.default_backend() == "cpu":
+            self.flush()
+
+    def flush(self) -> None:
+        """Waits for the pending update and writes its line if one is due."""
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        if step % self._every and step != self._total and "eval_loss" not in metrics:
+            return
+        line = {"step": step, "epoch": round(step / self._epoch_steps, 4), "learning_rate": float(self._rate(step - 1))}
+        line |= {name: float(value) for name, value in jax.device_get(metrics).items()}
+        now = time.perf_counter()
+        line["pairs_per_second"] = self._pairs / (now - self._clock)
+        line["tokens_per_second"] = self._tokens / (now - self._clock)
+        self._clock, self._pairs, self._tokens = now, 0, 0
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._bar.disable:
+            say(f"update {step}/{self._total}  " + "  ".join(f"{name} {line[name]:.4g}" for name in self.SHOWN))
+        else:
+            self._bar.set_postfix({name: f"{line[name]:.3g}" for name in self.SHOWN})
+
+    def close(self) -> None:
+        self.flush()
+        self._bar.close()
+        self._file.close()
+
+
+def describe(setup: Setup) -> str:
+    """What a run is, in a few lines."""
+    recipe = setup.recipe
+    objective = ", ".join(f"{name} {value:g}" for name, value in setup.hparams.items())
+    lines = [f"{recipe.loss.get('loss_type', 'repo')} ({objective}) on {recipe.model.model_name_or_path}"]
+    for name, store in (("training", setup.train), ("held-out", setup.held_out)):
+        if store is not None:
+            dropped = "".join(
+                f"; dropped {n} {why} ({', '.join(store.dropped_ids[why])}{', ...' if n > len(store.dropped_ids[why]) else ''})"
+                for why, n in store.dropped.items()
+            )
+            lines.append(f"{name}: {len(store)} pairs{dropped}")
+    R, T, S = setup.shape
+    mesh = " x ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
+    lines.append(
+        f"{setup.total_steps} updates of {recipe.optim.train_batch_size} pairs, {R} rows of {T} slots ({S} scored) at a time, on {mesh}"
+    )
+    return "\n".join(lines)
+
+
+def say(text: str) -> None:
+    """A line for whoever watches, above a progress bar if there is one."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()

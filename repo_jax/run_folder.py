@@ -1,0 +1,93 @@
+"""What a run keeps in its folder, and whose folder it is."""
+
+import json
+import os
+import pathlib
+
+import numpy as np
+import yaml
+
+from repo_jax.checkpoint import holds_checkpoints
+from repo_jax.config import Recipe, dump_recipe
+from repo_jax.evaluation import Evaluation, summarize
+from repo_jax.export import check_output, write_base
+from repo_jax.preparation import Setup
+
+# What may change when a run goes on: where and how it computes, not what.
+FREE = {
+    "data": {"row_length", "scored_length", "rows_per_device", "cache_dir"},
+    "optim": {"mode"},
+    "model": {"remat"},
+    "mesh": {"data", "fsdp", "tensor"},
+    "run": {"output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit"},
+}
+
+
+def claim(setup: Setup) -> None:
+    """Makes the output folder this run's, or finds that it is: a folder holds one run.
+
+    Raises ValueError naming what differs when the folder holds a run of another recipe or other data.
+    """
+    recipe, folder = setup.recipe, pathlib.Path(setup.recipe.run.output_dir)
+    check_output(folder / "hf")
+    identity = {
+        "recipe": _fixed(recipe),
+        "data": {"train": setup.train.key, "held_out": setup.held_out and setup.held_out.key},
+    }
+    claimed = folder / "recipe.yaml"
+    if claimed.exists():
+        before = yaml.safe_load((folder / "identity.yaml").read_text(encoding="utf-8"))
+        changes = _differences(before, identity)
+        if changes:
+            raise ValueError(
+                f"output_dir='{folder}' holds another run ({'; '.join(changes)}); name a new output_dir, or remove that folder"
+            )
+    elif holds_checkpoints(folder):
+        raise ValueError(
+            f"output_dir='{folder}' holds checkpoints but no recipe.yaml, so not a run of repo-jax; name a new output_dir"
+        )
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_base(recipe.model.model_name_or_path, setup.tokenizer, folder / "base")
+        write_whole(folder / "identity.yaml", yaml.safe_dump(identity, sort_keys=False, allow_unicode=True))
+    write_whole(claimed, dump_recipe(recipe))
+
+
+def _fixed(recipe: Recipe) -> dict:
+    tree = yaml.safe_load(dump_recipe(recipe))
+    return {
+        section: {name: value for name, value in fields.items() if name not in FREE.get(section, ())}
+        for section, fields in tree.items()
+    }
+
+
+def _differences(before: dict, now: dict, path: str = "") -> list[str]:
+    found = []
+    for name in before.keys() | now.keys():
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, name)
+        elif old != new:
+            found.append(f"{path}.{name} {old!r} there, {new!r} here")
+    return sorted(found)
+
+
+def save_evaluation(folder: pathlib.Path, when: str, evaluation: Evaluation) -> None:
+    """Adds one side, before or after, to eval_results.json."""
+    margins_B = evaluation.margins_B
+    np.save(folder / f"margins_{when}.npy", margins_B)
+    results = (read_results(folder) or {}) | {"pairs": len(margins_B)}
+    results[when] = summarize(evaluation)
+    write_whole(folder / "eval_results.json", json.dumps(results, indent=2) + "\n")
+
+
+def read_results(folder: pathlib.Path) -> dict | None:
+    path = folder / "eval_results.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """A file that is either the old one or the new one, whatever happens meanwhile."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
