@@ -6,7 +6,7 @@ import json
 import pathlib
 import sys
 
-from repo_jax.config import SECTIONS, leaf_fields, load_recipe, read_yaml
+from repo_jax.config import SECTIONS, leaf_fields, load_recipe, read_yaml, takes_text
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,6 +45,8 @@ def evaluate_command(arguments, overrides) -> int:
     from repo_jax.evaluation import evaluate_setup
     from repo_jax.preparation import set_up
 
+    if arguments.output and not pathlib.Path(arguments.output).absolute().parent.is_dir():
+        raise UsageError(f"--output '{arguments.output}' lies in a folder that does not exist; make it first")
     results = evaluate_setup(checked(set_up, recipe, training=False))
     text = json.dumps(results, indent=2)
     print(text)
@@ -121,16 +123,27 @@ def recipe_flags() -> dict[str, str]:
 
 def add_recipe_flags(parser: argparse.ArgumentParser, taken: frozenset[str] = frozenset()) -> None:
     """A flag for every leaf of the recipe, under its own name and under section.name; values are read as YAML reads them."""
+    leaves = leaf_fields()
     groups = {section: parser.add_argument_group(section) for section in SECTIONS}
     for name, words in recipe_flags().items():
         section, leaf = name.split(".")
         flags = [f"--{name}"] if leaf in taken else [f"--{leaf}", f"--{name}"]
-        options = {"default": argparse.SUPPRESS, "type": yaml_value, "metavar": "X", "help": words.replace("%", "%%")}
+        text = name == "loss.loss_type" or (leaf in leaves and takes_text(leaves[leaf][1]))
+        options = {
+            "default": argparse.SUPPRESS,
+            "type": text_value if text else yaml_value,
+            "metavar": "X",
+            "help": words.replace("%", "%%"),
+        }
         groups[section].add_argument(*flags, dest=name, **options)
 
 
 def default_of(field) -> str:
     return "none, it must be set" if field.default.is_required() else json.dumps(field.default.default)
+
+
+def text_value(text: str) -> str | None:
+    return None if text == "null" else text
 
 
 def yaml_value(text: str):

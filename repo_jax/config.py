@@ -5,21 +5,25 @@ Leaf names are unique across sections, so that `--learning_rate 1e-6` and `--opt
 
 import dataclasses
 import difflib
+import os
 import pathlib
 import re
-from typing import Any, Literal
+import typing
+from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-STRICT = pydantic.ConfigDict(extra="forbid")
+# A path as the user writes it; ~ is their home folder.
+Path = Annotated[str, pydantic.AfterValidator(os.path.expanduser)]
+STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
 
 
 @dataclass(frozen=True, config=STRICT)
 class ModelSection:
-    model_name_or_path: str = Field(description="folder of a Hugging Face model: config.json, safetensors, tokenizer")
+    model_name_or_path: Path = Field(description="folder of a Hugging Face model: config.json, safetensors, tokenizer")
     chat_template: str | None = Field(
         None, description="Jinja text or the path of a .jinja file; null: the tokenizer's own"
     )
@@ -36,10 +40,10 @@ class ModelSection:
 
 @dataclass(frozen=True, config=STRICT)
 class DataSection:
-    dataset_name: str | None = Field(
+    dataset_name: Path | None = Field(
         None, description="preference pairs: a .jsonl file, or a folder with one per split"
     )
-    eval_dataset_name: str | None = Field(
+    eval_dataset_name: Path | None = Field(
         None, description="held-out pairs, likewise; null: the test split of dataset_name if that is a folder"
     )
     dataset_train_split: str = Field("train", description="the split to train on, where dataset_name is a folder")
@@ -56,7 +60,7 @@ class DataSection:
         None, ge=2, description="scored tokens a row has room for; null: suggested from the data"
     )
     rows_per_device: int = Field(4, ge=1, description="rows a device takes through the model at a time")
-    cache_dir: str = Field("~/.cache/repo_jax", description="where tokenized data sets are kept")
+    cache_dir: Path = Field("~/.cache/repo_jax", description="where tokenized data sets are kept")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -101,7 +105,7 @@ class MeshSection:
 
 @dataclass(frozen=True, config=STRICT)
 class RunSection:
-    output_dir: str = Field("runs/repo", description="the run's folder: recipe, metrics, checkpoints, report, hf/")
+    output_dir: Path = Field("runs/repo", description="the run's folder: recipe, metrics, checkpoints, report, hf/")
     seed: int = Field(42, ge=0, description="decides the order of the pairs")
     logging_steps: int = Field(1, ge=1, description="updates between lines of metrics.jsonl")
     eval_steps: int | None = Field(
@@ -151,6 +155,11 @@ def read_yaml(text: str):
         raise ValueError(" ".join(str(error).split())) from None
 
 
+def takes_text(field: dataclasses.Field) -> bool:
+    """Whether a leaf's value is text, which a flag gives as it stands rather than as YAML."""
+    return any(kind in (str, Path) for kind in typing.get_args(field.type) or (field.type,))
+
+
 def load_recipe(path: str | pathlib.Path | None, overrides: dict[str, Any] | None = None) -> Recipe:
     """The recipe of a YAML file (or none) with overrides {'section.leaf': value} laid over it.
 
@@ -168,7 +177,9 @@ def load_recipe(path: str | pathlib.Path | None, overrides: dict[str, Any] | Non
             raise ValueError(f"'{path}' holds a {type(tree).__name__}; wanted the sections {', '.join(SECTIONS)}")
     for name, value in (overrides or {}).items():
         section, leaf = name.split(".")
-        tree[section] = (tree.get(section) or {}) | {leaf: value}
+        fields = tree.get(section) or {}
+        if isinstance(fields, dict):  # what is no section is refused below
+            tree[section] = fields | {leaf: value}
     return to_recipe(tree)
 
 
@@ -180,7 +191,11 @@ def to_recipe(tree: dict[str, Any]) -> Recipe:
     try:
         return pydantic.TypeAdapter(Recipe).validate_python(sections)
     except pydantic.ValidationError as errors:
-        raise ValueError("\n".join(_explain(error) for error in errors.errors())) from None
+        found = errors.errors()
+        if any(error["type"] == "unexpected_keyword_argument" for error in found):
+            # A misspelt name leaves the right one unset: one mistake, not two.
+            found = [error for error in found if not error["type"].startswith("missing")]
+        raise ValueError("\n".join(map(_explain, found))) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -210,7 +225,10 @@ def _explain(error: dict) -> str:
 
 def _unknown(loc: tuple) -> str:
     *parents, name = (str(part) for part in loc)
-    leaves = leaf_fields()
+    from repo_jax.losses import LOSSES, hyperparameters
+
+    of_losses = ["loss_type", *(name for loss in LOSSES.values() for name in hyperparameters(loss))]
+    leaves = {name: ("loss", None) for name in of_losses} | leaf_fields()
     if not parents:
         home = f"; write it as {leaves[name][0]}.{name}" if name in leaves else _nearest(name, SECTIONS)
         return f"recipe has no section '{name}'{home}"

@@ -88,7 +88,7 @@ def _paths(recipe: Recipe, *, training: bool) -> tuple[pathlib.Path | None, path
         train = resolve_split(data.dataset_name, data.dataset_train_split)
     if data.eval_dataset_name is not None:
         held_out = resolve_split(data.eval_dataset_name, data.dataset_test_split)
-    elif data.dataset_name is not None and pathlib.Path(data.dataset_name).expanduser().is_dir():
+    elif data.dataset_name is not None and pathlib.Path(data.dataset_name).is_dir():
         held_out = resolve_split(data.dataset_name, data.dataset_test_split)
     if not training and held_out is None:
         raise ValueError("there is nothing to evaluate on; give --data a .jsonl file of preference pairs")
@@ -103,11 +103,7 @@ def _open(path, recipe: Recipe, cfg: DecoderConfig, tokenizer) -> TokenStore | N
         raise ValueError(
             f"max_length={max_length} but the model has {cfg.max_positions} positions; lower max_length to at most that"
         )
-    store = open_store(path, tokenizer, max_length=max_length, cache_dir=recipe.data.cache_dir)
-    if len(store) == 0:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in store.dropped.items()) or "the file has no rows"
-        raise ValueError(f"no pair of {path} can be used ({reasons} at max_length={max_length})")
-    return store
+    return open_store(path, tokenizer, max_length=max_length, cache_dir=recipe.data.cache_dir)
 
 
 def _row_shape(recipe: Recipe, stores: list[TokenStore], mesh: Mesh) -> RowShape:
@@ -115,9 +111,11 @@ def _row_shape(recipe: Recipe, stores: list[TokenStore], mesh: Mesh) -> RowShape
     scored = np.concatenate([store.scored for store in stores])
     T = recipe.data.row_length or suggest_row_length(slots)
     S = recipe.data.scored_length or suggest_scored_length(slots, scored, T)
-    for store in stores:
-        for i in np.flatnonzero((store.slots > T) | (store.scored > S))[:1]:
-            raise too_long(store[i], T, S)
+    for size, room in (("slots", T), ("scored", S)):
+        store = max(stores, key=lambda store: getattr(store, size).max())
+        largest = int(getattr(store, size).argmax())
+        if getattr(store, size)[largest] > room:
+            raise too_long(store[largest], T, S)
     return RowShape(recipe.data.rows_per_device * batch_ways(mesh), T, S)
 
 

@@ -225,3 +225,16 @@ def test_yaml_that_holds_no_sections_is_refused(refusal, tmp_path):
     path = tmp_path / "recipe.yaml"
     assert refusal("- a\n- b\n", model="") == f"'{path}' holds a list; wanted the sections {SECTION_NAMES}"
     assert refusal("repo", model="") == f"'{path}' holds a str; wanted the sections {SECTION_NAMES}"
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(load, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    recipe = load(
+        "data: {dataset_name: ~/pairs, eval_dataset_name: ~/held_out}\nrun: {output_dir: ~/runs}\n", model="~/model"
+    )
+    assert recipe.model.model_name_or_path == "/home/somebody/model"
+    assert (recipe.data.dataset_name, recipe.data.eval_dataset_name) == (
+        "/home/somebody/pairs",
+        "/home/somebody/held_out",
+    )
+    assert (recipe.run.output_dir, recipe.data.cache_dir) == ("/home/somebody/runs", "/home/somebody/.cache/repo_jax")

@@ -8,9 +8,9 @@ import pytest
 from examples import ROOT
 
 LAYERS = [
-    {"config", "losses", "sharding", "models.config", "data.schema", "data.chat", "data.store"},
-    {"models.attention", "models.hf", "data.rows", "data.batches", "optimizer"},
-    {"models.decoder"},
+    {"losses", "sharding", "models.config", "data.schema", "data.chat", "data.store"},
+    {"config", "models.attention", "models.hf", "data.rows", "data.batches"},
+    {"models.decoder", "optimizer"},
     {"logps", "state", "metrics"},
     {"step", "checkpoint", "preparation"},
     {"evaluation", "export", "report"},

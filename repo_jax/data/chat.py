@@ -2,6 +2,7 @@
 
 import pathlib
 
+import jinja2
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -47,13 +48,10 @@ def tokenize_pair(tokenizer: PreTrainedTokenizerFast, example: PreferenceExample
     prompt, texts = _render(tokenizer, example)
     bos = tokenizer.bos_token
     # The template writes a BOS, or the tokenizer would, or neither: in each case there is to be exactly one, or none.
-    has_bos = bos is not None and (prompt.startswith(bos) or _adds_bos(tokenizer))
-    if bos is not None:
-        stripped = prompt
-        while stripped.startswith(bos):
-            stripped = stripped.removeprefix(bos)
-        texts = [text[len(prompt) - len(stripped) :] for text in texts]
-        prompt = stripped
+    # A BOS that is written stays in the text, for what follows it may be split otherwise than the beginning of a text.
+    while bos is not None and prompt.startswith(bos + bos):
+        prompt, texts = prompt.removeprefix(bos), [text.removeprefix(bos) for text in texts]
+    start = [tokenizer.bos_token_id] if bos is not None and not prompt.startswith(bos) and _adds_bos(tokenizer) else []
     ids, ends = zip(*(_encode(tokenizer, text, boundary=len(prompt)) for text in texts), strict=True)
     if not example.conversational and tokenizer.eos_token_id is not None:
         ids = [
@@ -63,7 +61,6 @@ def tokenize_pair(tokenizer: PreTrainedTokenizerFast, example: PreferenceExample
     shared = 0
     while shared < min(ends) and ids[0][shared] == ids[1][shared]:
         shared += 1
-    start = [tokenizer.bos_token_id] if has_bos else []
     branches = [np.asarray(branch[shared:], np.int32) for branch in ids]
     return PairTokens(
         example.id,
@@ -84,7 +81,10 @@ def _render(tokenizer, example: PreferenceExample) -> tuple[str, list[str]]:
         )
 
     def render(messages, **options) -> str:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        try:
+            return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"{example.where}: the chat template cannot write this conversation ({error})") from None
 
     prompt = render(example.prompt, add_generation_prompt=True)
     texts = [render(example.prompt + answer) for answer in (example.chosen, example.rejected)]

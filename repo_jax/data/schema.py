@@ -63,7 +63,7 @@ class PairTokens(NamedTuple):
 
 def resolve_split(dataset: str, split: str) -> pathlib.Path:
     """The JSONL file that holds a split: `dataset` itself, or SPLIT.jsonl in the folder `dataset`."""
-    path = pathlib.Path(dataset).expanduser()
+    path = pathlib.Path(dataset)
     if path.is_dir():
         file = path / f"{split}.jsonl"
         if not file.is_file():
@@ -78,13 +78,17 @@ def resolve_split(dataset: str, split: str) -> pathlib.Path:
 def read_preferences(path: pathlib.Path) -> Iterator[PreferenceExample]:
     """The pairs of a JSONL file in order. Raises ValueError naming the line of the first row that is not a pair."""
     kind = None
-    with open(path, encoding="utf-8") as lines:
+    with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             where = f"{path} line {number}"
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{where} is not UTF-8: {error.reason} at byte {error.start + 1}; mend or remove the line"
+                ) from None
             except json.JSONDecodeError as error:
                 raise ValueError(
                     f"{where} is not JSON: {error.msg} at column {error.colno}; mend or remove the line"

@@ -37,6 +37,8 @@ class TokenStore(Sequence):
         return len(self.lengths)
 
     def __getitem__(self, i: int) -> PairTokens:
+        if not 0 <= i < len(self):
+            raise IndexError(f"pair {i} of {len(self)}")
         row = self._source[int(i)]
         arrays = (row[name].astype(np.int32) for name in ("prompt", "chosen", "rejected"))
         return PairTokens(
@@ -95,6 +97,9 @@ class _PreferenceTokens(tfds.core.GeneratorBasedBuilder):
             )
             lengths.append(list(pair.lengths))
             scored.append(pair.scored)
+        if not lengths:
+            reasons = ", ".join(f"{len(ids)} {reason}" for reason, ids in dropped.items()) or "the file has no rows"
+            raise ValueError(f"no pair of {self._path} can be used ({reasons} at max_length={self._max_length})")
         self._metadata["lengths"], self._metadata["scored"] = lengths, scored
         self._metadata["dropped"] = {reason: len(ids) for reason, ids in dropped.items()}
         self._metadata["dropped_ids"] = {reason: ids[:NAMED] for reason, ids in dropped.items()}
@@ -122,7 +127,7 @@ def open_store(path: pathlib.Path, tokenizer, *, max_length: int, cache_dir: str
     """
     key = _key(path, tokenizer, max_length)
     tfds.disable_progress_bar()
-    folder = pathlib.Path(cache_dir).expanduser() / key
+    folder = pathlib.Path(cache_dir) / key
     builder = _PreferenceTokens(
         path=path, tokenizer=tokenizer, max_length=max_length, data_dir=folder, file_format="array_record"
     )

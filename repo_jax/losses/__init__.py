@@ -76,7 +76,7 @@ def make_loss(loss_type: str = "repo", **given: float) -> tuple[Loss, dict[str, 
 
     Names and ranges are checked now, so that a misspelt or unused hyperparameter fails before any device work.
     """
-    if loss_type not in LOSSES:
+    if loss_type not in list(LOSSES):
         raise ValueError(f"unknown loss_type {loss_type!r}; choose one of {', '.join(sorted(LOSSES))}")
     loss = LOSSES[loss_type]
     accepted = hyperparameters(loss)

@@ -8,6 +8,7 @@ import pathlib
 FAMILIES = {
     "llama": {},
 }
+NEEDED = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,10 @@ class DecoderConfig:
                 f"model_name_or_path='{folder}' is not a folder with a config.json; "
                 f"give the folder of a Hugging Face model (hf download ORG/NAME --local-dir FOLDER makes one)"
             )
-        hf = json.loads(path.read_text())
+        try:
+            hf = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON ({error}); fetch it again") from None
         family = hf.get("model_type")
         if family not in FAMILIES:
             raise ValueError(f"model_type {family!r} of {path} is not supported; supported: {', '.join(FAMILIES)}")
@@ -48,6 +52,8 @@ class DecoderConfig:
             | (hf.get("rope_scaling") or {})
             | (hf.get("rope_parameters") or {})
         )
+        if missing := [name for name in NEEDED if name not in hf]:
+            raise ValueError(f"{path} does not say {', '.join(missing)}; give the model's own config.json")
         only = {
             "hidden_act": (hf.get("hidden_act", "silu"), "silu"),
             "rope type": (rope.get("rope_type", rope.get("type", "default")), "default"),

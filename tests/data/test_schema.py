@@ -176,9 +176,3 @@ def test_a_data_set_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError) as refused:
         resolve_split(str(missing), "train")
     assert str(refused.value) == f"'{missing}' is neither a .jsonl file nor a folder of them; give the path of one"
-
-
-def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "pairs.jsonl").touch()
-    assert resolve_split("~/pairs.jsonl", "train") == tmp_path / "pairs.jsonl"

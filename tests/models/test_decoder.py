@@ -137,6 +137,17 @@ def test_config_refuses_what_the_decoder_does_not_compute(tmp_path, changes, mes
         read(tmp_path, **changes)
 
 
+def test_a_config_that_lacks_a_size_or_is_cut_off_is_answered(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 16}')
+    with pytest.raises(
+        ValueError, match="does not say intermediate_size, num_attention_heads, num_hidden_layers, vocab_size"
+    ):
+        DecoderConfig.from_hf(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "ll')
+    with pytest.raises(ValueError, match=r"config.json is not JSON .*; fetch it again"):
+        DecoderConfig.from_hf(tmp_path)
+
+
 def test_a_folder_without_a_config_is_answered(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"model_name_or_path='.*' is not a folder with a config.json; give"):
         DecoderConfig.from_hf(tmp_path)
