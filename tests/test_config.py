@@ -230,7 +230,8 @@ def test_yaml_that_holds_no_sections_is_refused(refusal, tmp_path):
 def test_a_tilde_is_the_home_folder_in_every_path(load, monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     recipe = load(
-        "data: {dataset_name: ~/pairs, eval_dataset_name: ~/held_out}\nrun: {output_dir: ~/runs}\n", model="~/model"
+        "data: {dataset_name: ~/pairs, eval_dataset_name: ~/held_out}\nrun: {output_dir: ~/runs}\n",
+        model="model: {model_name_or_path: ~/model}\n",
     )
     assert recipe.model.model_name_or_path == "/home/somebody/model"
     assert (recipe.data.dataset_name, recipe.data.eval_dataset_name) == (
