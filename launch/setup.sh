@@ -28,6 +28,6 @@ wanted="$what $(python --version) $(cd "$root" && cat requirements.txt pyproject
 if ! grep -qxF "$wanted" "$stamp" 2>/dev/null; then
   echo "launch: installing into ${VIRTUAL_ENV:-$CONDA_PREFIX}"
   python -m pip install --quiet --disable-pip-version-check ${1:+-r "$root/$1"} -e "$root" || exit 1
-  { grep -vF "$what " "$stamp" 2>/dev/null; echo "$wanted"; } > "$stamp.new"
+  { grep -vF "$what " "$stamp" 2>/dev/null || true; echo "$wanted"; } > "$stamp.new"
   mv "$stamp.new" "$stamp"
 fi
