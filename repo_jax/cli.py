@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import os
 import pathlib
 import sys
 
@@ -11,6 +12,8 @@ from repo_jax.config import SECTIONS, leaf_fields, load_recipe, read_yaml, takes
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns 0, or 2 after one line on what to change."""
+    # transformers would announce that there is no torch; none is needed.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     arguments, command, overrides = parse(sys.argv[1:] if argv is None else argv)
     try:
         return command(arguments, overrides)

@@ -24,7 +24,7 @@ def summary_rows(before: dict, after: dict) -> list[tuple[str, float, float]]:
 
 def summary_text(before: dict, after: dict) -> str:
     """The three numbers as an aligned table for a terminal."""
-    rows = [("", "before", "after")] + [(what, f"{b:+.3f}", f"{a:+.3f}") for what, b, a in summary_rows(before, after)]
+    rows = [("", "before", "after")] + [(what, f"{b:.3f}", f"{a:.3f}") for what, b, a in summary_rows(before, after)]
     return "\n".join(f"  {what:<30}{b:>9}{a:>9}" for what, b, a in rows)
 
 
@@ -43,7 +43,7 @@ def write_report(
     that say what the run was.
     """
     steps = [line for line in metrics if "loss" in line]
-    lines = ["# Report", "", *about, ""]
+    lines = ["# Report", "", *(f"- {line}" for line in about), ""]
     if results is not None:
         lines += ["| held-out pairs | before | after |", "| --- | --- | --- |"]
         lines += [f"| {what} | {b:.4f} | {a:.4f} |" for what, b, a in summary_rows(results["before"], results["after"])]
@@ -81,7 +81,13 @@ def read_metrics(path: pathlib.Path) -> list[dict]:
 
 def _curve(path, steps, name, label, *, color, limits=None):
     figure, axes = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
-    axes.plot([line["step"] for line in steps], [line[name] for line in steps], color=color, linewidth=1.4)
+    x, y = ([line[key] for line in steps] for key in ("step", name))
+    axes.plot(x, y, color=color, linewidth=0.8, alpha=0.35)
+    window = max(1, len(y) // 12)  # one update sees few pairs; the mean of some shows the way
+    if window > 1:
+        mean = np.convolve(y, np.full(window, 1 / window), mode="valid")
+        axes.plot(x[window - 1 :], mean, color=color, linewidth=1.8, label=f"mean of {window} logged updates")
+        axes.legend(frameon=False)
     axes.set(xlabel="update", ylabel=label)
     if limits:
         axes.set_ylim(*limits)

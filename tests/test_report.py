@@ -33,7 +33,7 @@ def test_without_held_out_pairs_there_is_no_histogram_and_no_table(tmp_path):
 def test_the_summary_lines_up():
     lines = summary_text(BEFORE, AFTER).splitlines()
     assert len({len(line) for line in lines}) == 1
-    assert lines[2].split()[-2:] == ["-0.230", "+0.140"]
+    assert lines[2].split()[-2:] == ["-0.230", "0.140"]
 
 
 def test_a_line_cut_off_in_the_middle_is_left_out(tmp_path):

@@ -76,7 +76,7 @@ def test_a_run_leaves_everything_that_was_promised(unbroken):
         ("mean margin", "mean_margin"),
         ("active fraction", "active_fraction"),
     ):
-        numbers = re.search(rf"{words}.*?([+-]\d\.\d+)\s+([+-]\d\.\d+)", output)
+        numbers = re.search(rf"{words}.*?(-?\d\.\d+)\s+(-?\d\.\d+)", output)
         assert [float(n) for n in numbers.groups()] == [round(results[when][name], 3) for when in ("before", "after")]
     assert str(run / "hf") in output and str(run / "report.md") in output
 
