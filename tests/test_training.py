@@ -139,8 +139,8 @@ def test_the_exported_folder_is_what_transformers_loads_and_scores_alike(unbroke
         prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
         means = []
         for side in ("chosen", "rejected"):
-            ids = tokenizer.apply_chat_template(row["prompt"] + row[side], return_dict=False)
-            ids, start = ([1, *ids], len(prompt) + 1) if ids[0] != 1 else (ids, len(prompt))
+            ids, start = tokenizer.apply_chat_template(row["prompt"] + row[side], return_dict=False), len(prompt)
+            assert ids[:start] == prompt
             with torch.no_grad():
                 logps = torch.log_softmax(model(torch.tensor([ids])).logits[0, :-1], -1)
             means.append(logps[range(start - 1, len(ids) - 1), ids[start:]].mean().item())

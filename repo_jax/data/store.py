@@ -1,10 +1,10 @@
 """The token store: every pair tokenized once, kept as ArrayRecord by a TFDS builder, read back by random access."""
 
 import collections
+import contextlib
 import hashlib
 import os
 import pathlib
-import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -60,14 +60,8 @@ class _PreferenceTokens(tfds.core.GeneratorBasedBuilder):
         super().__init__(**kwargs)
 
     def _info(self):
-        ids = tfds.features.Tensor(shape=(None,), dtype=np.int32)
-        features = {
-            "id": tfds.features.Text(),
-            "where": tfds.features.Text(),
-            "prompt": ids,
-            "chosen": ids,
-            "rejected": ids,
-        }
+        text, ids = tfds.features.Text(), tfds.features.Tensor(shape=(None,), dtype=np.int32)
+        features = {"id": text, "where": text, "prompt": ids, "chosen": ids, "rejected": ids}
         features["skips"] = tfds.features.Tensor(shape=(2,), dtype=np.int32)
         return tfds.core.DatasetInfo(
             builder=self, disable_shuffling=True, metadata=self._metadata, features=tfds.features.FeaturesDict(features)
@@ -86,15 +80,9 @@ class _PreferenceTokens(tfds.core.GeneratorBasedBuilder):
             if reason is not None:
                 dropped[reason].append(pair.id)
                 continue
-            yield (
-                len(lengths),
-                pair._asdict()
-                | {
-                    # The file may be found elsewhere next time: its place is added when a row is read.
-                    "where": pair.where.removeprefix(f"{self._path} "),
-                    "skips": np.asarray(pair.skips, np.int32),
-                },
-            )
+            # The file may be found elsewhere next time: its place is added when a row is read.
+            line = pair.where.removeprefix(f"{self._path} ")
+            yield len(lengths), pair._replace(where=line, skips=np.asarray(pair.skips, np.int32))._asdict()
             lengths.append(list(pair.lengths))
             scored.append(pair.scored)
         if not lengths:
@@ -132,7 +120,7 @@ def open_store(path: pathlib.Path, tokenizer, *, max_length: int, cache_dir: str
         path=path, tokenizer=tokenizer, max_length=max_length, data_dir=folder, file_format="array_record"
     )
     if not builder.data_path.exists():
-        with _Quiet():
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # TFDS prints announcements
             builder.download_and_prepare()
     return TokenStore(path, builder.as_data_source("pairs"), builder.info.metadata, key)
 
@@ -150,14 +138,3 @@ def _key(path: pathlib.Path, tokenizer, max_length: int) -> str:
     with open(path, "rb") as file:
         digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:24]
-
-
-class _Quiet:
-    """Sends TFDS's own announcements, which it prints, to nowhere."""
-
-    def __enter__(self):
-        self._stdout, sys.stdout = sys.stdout, open(os.devnull, "w")
-
-    def __exit__(self, *_):
-        sys.stdout.close()
-        sys.stdout = self._stdout
