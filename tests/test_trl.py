@@ -11,9 +11,9 @@ import transformers
 from examples import ASSETS, STORIES, one_device
 
 from repo_jax.config import OptimSection
-from repo_jax.data.chat import PairTokens, load_tokenizer, tokenize_pair
+from repo_jax.data.chat import load_tokenizer, tokenize_pair
 from repo_jax.data.rows import RowShape, row_batches, suggest_row_length
-from repo_jax.data.schema import PreferenceExample
+from repo_jax.data.schema import PairTokens, PreferenceExample
 from repo_jax.losses import make_loss
 from repo_jax.models.config import DecoderConfig
 from repo_jax.models.decoder import Decoder
