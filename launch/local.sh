@@ -2,6 +2,7 @@
 # Set-up and training on this machine: bash launch/local.sh [CONFIG] [--flag value ...]
 # Without CONFIG: configs/quickstart.yaml, run in the checkout. Flags are those of `repo-jax train --help`.
 set -euo pipefail
+extra=
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 if [ $# -eq 0 ] || [ "${1#-}" != "$1" ]; then
   cd "$root"

@@ -1,5 +1,5 @@
 # Sourced by the other scripts: puts `python` of a ready environment on PATH and sets $root, the checkout.
-#   . launch/setup.sh [requirements-test.txt]
+# The caller sets $extra: a further list of requirements, or nothing.
 # Uses the active environment (venv, conda) or makes .venv; installs when what is to be installed has changed.
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)" || exit 1
@@ -23,11 +23,11 @@ fi
 # The stamp holds what was installed and is written last: an install that broke off is done again.
 # One line for each list of requirements, so that tests and training do not undo each other.
 stamp="${VIRTUAL_ENV:-$CONDA_PREFIX}/.repo_jax-stamp"
-what="$root ${1:-}:"
-wanted="$what $(python --version) $(cd "$root" && cat requirements.txt pyproject.toml ${1:+"$1"} | cksum)"
+what="$root $extra:"
+wanted="$what $(python --version) $(cd "$root" && cat requirements.txt pyproject.toml $extra | cksum)"
 if ! grep -qxF "$wanted" "$stamp" 2>/dev/null; then
   echo "launch: installing into ${VIRTUAL_ENV:-$CONDA_PREFIX}"
-  python -m pip install --quiet --disable-pip-version-check ${1:+-r "$root/$1"} -e "$root" || exit 1
+  python -m pip install --quiet --disable-pip-version-check ${extra:+-r "$root/$extra"} -e "$root" || exit 1
   { grep -vF "$what " "$stamp" 2>/dev/null || true; echo "$wanted"; } > "$stamp.new"
   mv "$stamp.new" "$stamp"
 fi
