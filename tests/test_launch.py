@@ -1,0 +1,57 @@
+"""The launch scripts, with a python that only writes down what it is asked."""
+
+import os
+import subprocess
+
+import pytest
+from examples import ROOT
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Runs a launch script in a made-up active environment; returns what its python was called with, a line each."""
+    python, calls = tmp_path / "bin" / "python", tmp_path / "calls"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo "Python 3" || echo "$@" >> {calls}\n')
+    python.chmod(0o755)
+    environment = {"PATH": f"{python.parent}:{os.environ['PATH']}", "VIRTUAL_ENV": str(tmp_path)}
+
+    def run(script, *arguments):
+        calls.unlink(missing_ok=True)
+        done = subprocess.run(
+            ["bash", ROOT / "launch" / script, *arguments],
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return calls.read_text().splitlines()
+
+    return run
+
+
+def test_the_first_start_installs_and_the_next_does_not(launch):
+    first, second = launch("local.sh"), launch("local.sh")
+    assert first[0] == f"-m pip install --quiet --disable-pip-version-check -e {ROOT}"
+    assert first[1:] == second == ["-m repo_jax train configs/quickstart.yaml"]
+
+
+def test_tests_install_what_only_they_need_and_training_stays_installed(launch):
+    launch("local.sh")
+    assert launch("test.sh", "-k", "rows")[0].endswith(f"-r {ROOT}/requirements-test.txt -e {ROOT}")
+    assert launch("test.sh", "-k", "rows")[-1] == "-m pytest -k rows"
+    assert launch("local.sh") == ["-m repo_jax train configs/quickstart.yaml"]
+
+
+def test_a_changed_list_is_installed_again(launch, tmp_path):
+    launch("local.sh")
+    stamp = tmp_path / ".repo_jax-stamp"
+    stamp.write_text(stamp.read_text().replace("Python 3", "Python 2"))
+    assert "pip install" in launch("local.sh")[0]
+    assert len(stamp.read_text().splitlines()) == 1
+
+
+def test_flags_and_a_recipe_reach_the_command(launch):
+    assert launch("local.sh", "--gamma", "0.3")[-1] == "-m repo_jax train configs/quickstart.yaml --gamma 0.3"
+    assert launch("local.sh", "mine.yaml", "--seed", "1")[-1] == "-m repo_jax train mine.yaml --seed 1"
