@@ -5,7 +5,7 @@
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)" || exit 1
 
 if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
-  if [ ! -x "$root/.venv/bin/python" ]; then
+  if ! "$root/.venv/bin/python" -m pip --version >/dev/null 2>&1; then
     for candidate in python3 python3.13 python3.12 python3.11; do
       "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
       candidate=
@@ -15,7 +15,11 @@ if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
       exit 2
     fi
     echo "launch: making .venv with $("$candidate" --version)"
-    "$candidate" -m venv "$root/.venv" || exit 1
+    "$candidate" -m venv --clear "$root/.venv" || {
+      rm -rf "$root/.venv"
+      echo "launch: $candidate cannot make a virtual environment (on Debian: apt install python3-venv)" >&2
+      exit 2
+    }
   fi
   export VIRTUAL_ENV="$root/.venv" PATH="$root/.venv/bin:$PATH"
 fi

@@ -56,9 +56,8 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, step: int) -> None:
-        """Copies the state aside and writes it while training goes on; a step that is already there is left alone."""
-        if step != self.latest():
-            self._manager.save(step, args=ocp.args.StandardSave(state))
+        """Copies the state aside and writes it while training goes on."""
+        self._manager.save(step, args=ocp.args.StandardSave(state))
 
     def restore(self, step: int, shapes: TrainState, shardings: TrainState) -> TrainState:
         """The state as saved, placed by `shardings`, which may belong to another mesh than the one that saved it."""

@@ -11,7 +11,7 @@ from repo_jax.config import SECTIONS, leaf_fields, load_recipe, read_yaml, takes
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; returns 0, or 2 after one line on what to change."""
+    """Runs a command; returns 0, 2 after one line on what to change, or 1 after one line on why training stopped."""
     # transformers would announce that there is no torch; none is needed.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     arguments, command, overrides = parse(sys.argv[1:] if argv is None else argv)
@@ -20,6 +20,9 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         print(f"repo-jax: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"repo-jax: {error}", file=sys.stderr)
+        return 1
 
 
 class UsageError(Exception):
@@ -110,13 +113,13 @@ def parse(argv: list[str]):
 
 def recipe_flags() -> dict[str, str]:
     """'section.leaf' -> what to say of it, for every leaf of the recipe."""
-    from repo_jax.losses import LOSSES, hyperparameters
+    from repo_jax.losses import DEFAULT_LOSS, LOSSES, hyperparameters
 
     flags = {
         f"{section}.{name}": f"{field.default.description} (default: {default_of(field)})"
         for name, (section, field) in leaf_fields().items()
     }
-    flags["loss.loss_type"] = f"the objective: {', '.join(LOSSES)} (default: repo)"
+    flags["loss.loss_type"] = f"the objective: {', '.join(LOSSES)} (default: {DEFAULT_LOSS})"
     for kind, loss in LOSSES.items():
         for name, default in hyperparameters(loss).items():
             words = flags.get(f"loss.{name}", "hyperparameter; default")

@@ -139,7 +139,14 @@ def leaf_fields() -> dict[str, tuple[str, dataclasses.Field]]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1, but 1e-6 is a number."""
+    """YAML 1.1, but 1e-6 is a number and a key given twice a mistake."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"'{key}' is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -210,8 +217,6 @@ def _explain(error: dict) -> str:
     if kind == "unexpected_keyword_argument":
         return _unknown(error["loc"])
     if kind == "missing":
-        return f"recipe.{path} is not set; it has no default (--{name} on the command line)"
-    if kind == "missing_argument":
         return f"recipe.{path} is not set; it has no default (--{name} on the command line)"
     if kind == "literal_error":
         return f"recipe.{path}={given!r}; choose one of {error['ctx']['expected'].replace(' or ', ', ')}"

@@ -42,21 +42,23 @@ def evaluate_pairs(scorer: Scorer, params: dict, pairs: Sequence[PairTokens]) ->
     return Evaluation({name: float(value) for name, value in metrics.items()}, np.asarray(scored.mean_margin_B))
 
 
-def evaluate(recipe: Recipe) -> dict[str, float]:
-    """The metrics of a model folder on its held-out pairs, mean_margin (nats per token) and their number among them.
+def evaluate(recipe: Recipe) -> dict[str, float | str]:
+    """The metrics of a model folder on its held-out pairs, with the loss they belong to, mean_margin and the number of pairs.
 
     Raises ValueError or FileNotFoundError, before any device work, for what cannot be evaluated.
     """
     return evaluate_setup(set_up(recipe, training=False))
 
 
-def evaluate_setup(setup: Setup) -> dict[str, float]:
+def evaluate_setup(setup: Setup) -> dict[str, float | str]:
     """evaluate, for a recipe that has been looked at."""
     params = from_hf(
         setup.recipe.model.model_name_or_path, setup.cfg, param_shardings(param_shapes(setup.cfg), setup.mesh)
     )
     scorer = Scorer(setup.model, setup.loss, setup.hparams, setup.mesh, setup.shape)
-    return summarize(evaluate_pairs(scorer, params, setup.held_out)) | {"pairs": len(setup.held_out)}
+    return (
+        setup.recipe.loss | summarize(evaluate_pairs(scorer, params, setup.held_out)) | {"pairs": len(setup.held_out)}
+    )
 
 
 def summarize(evaluation: Evaluation) -> dict[str, float]:

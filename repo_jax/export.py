@@ -1,6 +1,8 @@
 """Parameters back to a Hugging Face folder that loads anywhere, verified before it is called done."""
 
+import functools
 import json
+import math
 import pathlib
 import shutil
 import tempfile
@@ -10,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from repo_jax.checkpoint import restore_params
+from repo_jax.checkpoint import NAME, restore_params
+from repo_jax.config import dump_recipe, load_recipe
 from repo_jax.data.rows import RowShape, row_batches
 from repo_jax.data.schema import PairTokens
 from repo_jax.logps import pair_logps
@@ -20,8 +23,11 @@ from repo_jax.models.decoder import Decoder, param_shapes
 from repo_jax.sharding import batch_ways, make_mesh, param_shardings
 from repo_jax.step import place
 
-# How far a reloaded model's mean log-probs may lie from those in memory: rounding to the exported dtype, no more.
-TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+TOLERANCE = (
+    1e-4  # nats per token by which a reloaded model's mean log-probs may differ from those of the rounded parameters
+)
+ROUNDING = {"float32": (8, 23), "float16": (5, 10), "bfloat16": (8, 7)}  # bits of exponent and mantissa
+HEADING = "# Aligned with repo_jax"  # of the model card, by which an earlier export is known
 
 
 def export_model(
@@ -43,21 +49,24 @@ def export_model(
         hf.to_hf(params, cfg, folder, dtype=dtype)
         (folder / "README.md").write_text(card, encoding="utf-8")
         reloaded = hf.from_hf(folder, DecoderConfig.from_hf(folder), jax.tree.map(lambda leaf: leaf.sharding, params))
-        difference = float(np.abs(probe(reloaded, cfg, mesh) - probe(params, cfg, mesh)).max())
-        if not difference <= TOLERANCE[dtype]:
+        difference = float(np.abs(probe(reloaded, cfg, mesh, dtype) - probe(params, cfg, mesh, dtype)).max())
+        if not difference <= TOLERANCE:
             raise RuntimeError(
                 f"the exported model's log-probs differ by {difference:.2g} nats per token from the trained one's; nothing was written"
             )
         if output.exists():
-            shutil.rmtree(output)
+            output.rename(pathlib.Path(temporary) / "earlier")
         folder.rename(output)
     return difference
 
 
 def check_output(output: pathlib.Path) -> None:
-    """Refuses to replace a folder that is no exported model."""
-    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").is_file())):
-        raise ValueError(f"output '{output}' exists and is not an exported model; name a new folder")
+    """Refuses to replace anything but an empty folder or an earlier export, which its model card tells."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    card = output / "README.md"
+    if not card.is_file() or HEADING not in card.read_text(encoding="utf-8", errors="replace"):
+        raise ValueError(f"output '{output}' exists and is not an export of repo-jax; name a new folder")
 
 
 def write_base(model: str, tokenizer, folder: pathlib.Path) -> None:
@@ -67,7 +76,7 @@ def write_base(model: str, tokenizer, folder: pathlib.Path) -> None:
     source, eos = pathlib.Path(model), tokenizer.eos_token_id
     config = json.loads((source / "config.json").read_text()) | {
         "eos_token_id": eos,
-        "dtype": hf.TensorFiles(source).dtype(),
+        "dtype": hf.TensorFiles(source).dtype(DecoderConfig.from_hf(source)),
     }
     config.pop("torch_dtype", None)  # transformers 4's name of dtype
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -80,17 +89,23 @@ def write_base(model: str, tokenizer, folder: pathlib.Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def probe(params: dict, cfg: DecoderConfig, mesh: Mesh) -> np.ndarray:
-    """Mean log-probs in float32 of a few fixed answers of random tokens: a fingerprint of the parameters."""
+def probe(params: dict, cfg: DecoderConfig, mesh: Mesh, dtype: str) -> np.ndarray:
+    """Mean log-probs, computed in float32, of a few fixed answers of random tokens: a fingerprint of the parameters as they
+    are once rounded to dtype."""
     rng = np.random.default_rng(0)
     length = min(16, cfg.max_positions // 3)
     R = batch_ways(mesh)
     pairs = [PairTokens(f"probe {i}", "", *rng.integers(cfg.V, size=(3, length), dtype=np.int32)) for i in range(R)]
     batch = row_batches(pairs, RowShape(R, 3 * length, 2 * length))[0]
-    model = Decoder(cfg, jnp.float32)
     with jax.set_mesh(mesh):
-        scored = jax.jit(lambda params, batch: pair_logps(model, params, batch).mean_B2)(params, place(batch, mesh))
+        scored = _fingerprint(params, place(batch, mesh), model=Decoder(cfg, jnp.float32), bits=ROUNDING[dtype])
     return np.asarray(jax.device_get(scored))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "bits"))
+def _fingerprint(params, batch, *, model: Decoder, bits: tuple[int, int]):
+    # reduce_precision, for XLA may drop a cast there and back.
+    return pair_logps(model, jax.tree.map(lambda leaf: jax.lax.reduce_precision(leaf, *bits), params), batch).mean_B2
 
 
 def model_card(recipe_yaml: str, *, base: str, results: dict | None) -> str:
@@ -101,7 +116,7 @@ def model_card(recipe_yaml: str, *, base: str, results: dict | None) -> str:
         "tags: [preference-optimization, repo_jax]",
         "---",
         "",
-        "# Aligned with repo_jax",
+        HEADING,
         "",
     ]
     lines += [f"Started from `{base}`.", ""]
@@ -116,7 +131,7 @@ def model_card(recipe_yaml: str, *, base: str, results: dict | None) -> str:
 def run_of(checkpoint: str) -> pathlib.Path:
     """The run's folder around a checkpoint. Raises FileNotFoundError for what is not a checkpoint of a run."""
     path = pathlib.Path(checkpoint).absolute()
-    if not path.is_dir() or not (path.parent / "base" / "config.json").is_file():
+    if not NAME.fullmatch(path.name) or not path.is_dir() or not (path.parent / "base" / "config.json").is_file():
         raise FileNotFoundError(
             f"'{checkpoint}' is not a checkpoint-N folder in the folder of a run; give the path of one"
         )
@@ -124,11 +139,15 @@ def run_of(checkpoint: str) -> pathlib.Path:
 
 
 def export_checkpoint(checkpoint: pathlib.Path, run: pathlib.Path, output: pathlib.Path) -> float:
-    """A checkpoint of any mesh as a Hugging Face folder, on one device; the model the run started from is not needed."""
+    """A checkpoint of any mesh as a Hugging Face folder; the model the run started from is not needed.
+
+    The parameters are spread over as many of this machine's devices as divide the model's width.
+    """
     cfg = DecoderConfig.from_hf(run / "base")
-    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    ways = math.gcd(cfg.D, jax.device_count())
+    mesh = make_mesh(1, ways, 1, devices=jax.devices()[:ways])
     shapes = param_shapes(cfg)
     params = restore_params(checkpoint, shapes, param_shardings(shapes, mesh))
-    recipe = (run / "recipe.yaml").read_text(encoding="utf-8")
-    card = model_card(recipe, base=checkpoint.name, results=None)
+    recipe = load_recipe(run / "recipe.yaml")
+    card = model_card(dump_recipe(recipe), base=recipe.model.model_name_or_path, results=None)
     return export_model(params, cfg, mesh, base=run / "base", output=output, card=card)

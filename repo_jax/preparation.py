@@ -1,5 +1,6 @@
 """Everything that can be wrong with what a user gave, found before the first device computation."""
 
+import dataclasses
 import pathlib
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from repo_jax.data.chat import load_tokenizer
 from repo_jax.data.rows import RowShape, suggest_row_length, suggest_scored_length, too_long
 from repo_jax.data.schema import resolve_split
 from repo_jax.data.store import TokenStore, open_store
-from repo_jax.losses import Loss, make_loss
+from repo_jax.losses import DEFAULT_LOSS, Loss, make_loss
 from repo_jax.models.config import DecoderConfig
 from repo_jax.models.decoder import Decoder, param_shapes
 from repo_jax.models.hf import TensorFiles, check_tensors
@@ -24,7 +25,7 @@ from repo_jax.sharding import batch_ways, make_mesh, param_shardings
 class Setup(NamedTuple):
     """A recipe whose every value has been looked at."""
 
-    recipe: Recipe
+    recipe: Recipe  # with the loss's defaults and the dtype that auto stands for filled in
     loss: Loss
     hparams: dict[str, float]
     cfg: DecoderConfig
@@ -37,19 +38,18 @@ class Setup(NamedTuple):
 
     @property
     def model(self) -> Decoder:
-        dtype = compute_dtype(self.recipe.model.compute_dtype)
         one_cpu = self.mesh.size == 1 and jax.default_backend() == "cpu"
+        dtype = jnp.dtype(self.recipe.model.compute_dtype)
         return Decoder(self.cfg, dtype, self.recipe.model.remat, attention="blocked" if one_cpu else "dense")
 
 
-def compute_dtype(name: str):
+def compute_dtype(name: str, device) -> str:
     """auto is bfloat16 where the hardware multiplies it fast: TPUs, NVIDIA GPUs from Ampere on, AMD's."""
-    if name == "auto":
-        device = jax.devices()[0]
-        capability = getattr(device, "compute_capability", "0")  # "9.0" on NVIDIA, "gfx90a" on AMD
-        fast = device.platform == "tpu" or capability.startswith("gfx") or float(capability) >= 8
-        name = "bfloat16" if fast else "float32"
-    return jnp.dtype(name)
+    if name != "auto":
+        return name
+    capability = getattr(device, "compute_capability", "0")  # "9.0" on NVIDIA, "gfx90a" on AMD
+    fast = device.platform == "tpu" or capability.startswith("gfx") or float(capability) >= 8
+    return "bfloat16" if fast else "float32"
 
 
 def set_up(recipe: Recipe, *, training: bool) -> Setup:
@@ -74,6 +74,8 @@ def set_up(recipe: Recipe, *, training: bool) -> Setup:
     param_shardings(param_shapes(cfg), mesh)
     shape = _row_shape(recipe, [store for store in (train, held_out) if store is not None], mesh)
     total_steps = _total_steps(recipe, train) if training else 0
+    model = dataclasses.replace(recipe.model, compute_dtype=compute_dtype(recipe.model.compute_dtype, jax.devices()[0]))
+    recipe = dataclasses.replace(recipe, model=model, loss={"loss_type": DEFAULT_LOSS} | recipe.loss | hparams)
     return Setup(recipe, loss, hparams, cfg, tokenizer, train, held_out, mesh, shape, total_steps)
 
 
@@ -90,6 +92,10 @@ def _paths(recipe: Recipe, *, training: bool) -> tuple[pathlib.Path | None, path
         held_out = resolve_split(data.eval_dataset_name, data.dataset_test_split)
     elif data.dataset_name is not None and pathlib.Path(data.dataset_name).is_dir():
         held_out = resolve_split(data.dataset_name, data.dataset_test_split)
+    if recipe.run.eval_steps is not None and held_out is None:
+        raise ValueError(
+            f"eval_steps={recipe.run.eval_steps} but there are no held-out pairs; give eval_dataset_name, or leave eval_steps out"
+        )
     if not training and held_out is None:
         raise ValueError("there is nothing to evaluate on; give --data a .jsonl file of preference pairs")
     return train, held_out

@@ -1,12 +1,15 @@
 """metrics.jsonl and what people see while a run goes on."""
 
 import json
+import math
 import pathlib
 import sys
 import time
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from tqdm import tqdm
 
 from repo_jax.data.batches import steps_per_epoch
@@ -14,8 +17,7 @@ from repo_jax.data.schema import PairTokens
 from repo_jax.evaluation import Evaluation
 from repo_jax.optimizer import learning_rate
 from repo_jax.preparation import Setup
-from repo_jax.report import read_metrics
-from repo_jax.run_folder import write_whole
+from repo_jax.run_folder import read_metrics, write_whole
 
 
 class Log:
@@ -28,7 +30,9 @@ class Log:
 
     def __init__(self, setup: Setup, path: pathlib.Path, start: int):
         self._every, self._total = setup.recipe.run.logging_steps, setup.total_steps
-        self._rate = learning_rate(setup.recipe.optim, setup.total_steps)
+        # All rates now, on the host: a computation here would queue behind the update that runs.
+        rates = jax.vmap(learning_rate(setup.recipe.optim, setup.total_steps))(jnp.arange(setup.total_steps))
+        self._rates = np.asarray(jax.device_get(rates))
         self._epoch_steps = steps_per_epoch(len(setup.train), setup.recipe.optim.train_batch_size)
         # Lines beyond the checkpoint belong to updates that will be done again.
         kept = [line for line in read_metrics(path) if line["step"] <= start]
@@ -65,10 +69,21 @@ class Log:
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
+        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
+            # Raised before a checkpoint of it is written and before an older one is removed for that.
+            raise FloatingPointError(
+                f"update {step} has loss {metrics['loss']} and gradient norm {metrics['grad_norm']}: training has diverged and "
+                f"stops; start again with a lower learning_rate and a new output_dir"
+            )
         if step % self._every and step != self._total and "eval_loss" not in metrics:
             return
-        line = {"step": step, "epoch": round(step / self._epoch_steps, 4), "learning_rate": float(self._rate(step - 1))}
-        line |= {name: float(value) for name, value in jax.device_get(metrics).items()}
+        line = {
+            "step": step,
+            "epoch": round(step / self._epoch_steps, 4),
+            "learning_rate": float(self._rates[step - 1]),
+        }
+        line |= metrics
         now = time.perf_counter()
         line["pairs_per_second"] = self._pairs / (now - self._clock)
         line["tokens_per_second"] = self._tokens / (now - self._clock)
@@ -90,7 +105,9 @@ def describe(setup: Setup) -> str:
     """What a run is, in a few lines."""
     recipe = setup.recipe
     objective = ", ".join(f"{name} {value:g}" for name, value in setup.hparams.items())
-    lines = [f"{recipe.loss.get('loss_type', 'repo')} ({objective}) on {recipe.model.model_name_or_path}"]
+    lines = [
+        f"{recipe.loss['loss_type']} ({objective}) on {recipe.model.model_name_or_path}, in {recipe.model.compute_dtype}"
+    ]
     for name, store in (("training", setup.train), ("held-out", setup.held_out)):
         if store is not None:
             dropped = "".join(

@@ -1,13 +1,9 @@
 """What people would rather look at than read: report.md and its plots."""
 
-import json
 import pathlib
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")  # no display is needed, or looked for
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure  # rather than pyplot, which would choose a backend for the whole process
 
 SUMMARY = {
     # metric                 what it is called
@@ -34,7 +30,7 @@ def write_report(
     metrics: list[dict],
     margins: tuple[np.ndarray, np.ndarray] | None,
     results: dict | None,
-    gamma: float,
+    gamma: float | None,
     about: list[str],
 ) -> pathlib.Path:
     """report.md in FOLDER with three plots beside it; returns its path.
@@ -42,7 +38,6 @@ def write_report(
     metrics: the lines of metrics.jsonl; margins: held-out margins before and after; results: eval_results.json; about: lines
     that say what the run was.
     """
-    steps = [line for line in metrics if "loss" in line]
     lines = ["# Report", "", *(f"- {line}" for line in about), ""]
     if results is not None:
         lines += ["| held-out pairs | before | after |", "| --- | --- | --- |"]
@@ -52,36 +47,28 @@ def write_report(
             f"{results['pairs']} pairs. Accuracy counts pairs with margin above 0; a pair is active while its gradient is not 0.",
             "",
         ]
-    _curve(folder / "loss.png", steps, "loss", "loss", color="#3b6ea5")
+    _curve(folder / "loss.png", metrics, "loss", "loss", color="#3b6ea5")
     lines += ["![loss](loss.png)", ""]
     if margins is not None:
         _histogram(folder / "margins.png", *margins, gamma=gamma)
         lines += ["![margins](margins.png)", ""]
     _curve(
-        folder / "active_fraction.png", steps, "active_fraction", "active fraction", color="#b3541e", limits=(0, 1.02)
+        folder / "active_fraction.png", metrics, "active_fraction", "active fraction", color="#b3541e", limits=(0, 1.02)
     )
     lines += ["![active fraction](active_fraction.png)", ""]
-    if steps:
-        last = steps[-1]
-        names = [name for name in last if isinstance(last[name], int | float)]
+    if metrics:
+        last = metrics[-1]
         lines += ["## The last logged update", "", "| metric | value |", "| --- | --- |"]
-        lines += [f"| {name} | {last[name]:.6g} |" for name in names] + [""]
+        lines += [f"| {name} | {last[name]:.6g} |" for name in last] + [""]
     path = folder / "report.md"
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
 
 
-def read_metrics(path: pathlib.Path) -> list[dict]:
-    """The lines of a metrics.jsonl; a last line that was cut off in the middle is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]  # what follows the last newline was never finished
-
-
-def _curve(path, steps, name, label, *, color, limits=None):
-    figure, axes = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
-    x, y = ([line[key] for line in steps] for key in ("step", name))
+def _curve(path, metrics, name, label, *, color, limits=None):
+    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+    axes = figure.subplots()
+    x, y = ([line[key] for line in metrics] for key in ("step", name))
     axes.plot(x, y, color=color, linewidth=0.8, alpha=0.35)
     window = max(1, len(y) // 12)  # one update sees few pairs; the mean of some shows the way
     if window > 1:
@@ -93,17 +80,17 @@ def _curve(path, steps, name, label, *, color, limits=None):
         axes.set_ylim(*limits)
     axes.grid(alpha=0.25)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def _histogram(path, before_B, after_B, *, gamma):
-    figure, axes = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
+    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+    axes = figure.subplots()
     low, high = np.quantile(np.concatenate([before_B, after_B]), [0.005, 0.995])
     bins = np.linspace(low, high, 41)
     axes.hist(before_B, bins, alpha=0.55, label="before", color="#8a8a8a")
     axes.hist(after_B, bins, alpha=0.55, label="after", color="#3b6ea5")
-    axes.axvline(gamma, color="#b3541e", linestyle="--", label=f"gamma = {gamma:g}")
+    if gamma is not None:
+        axes.axvline(gamma, color="#b3541e", linestyle="--", label=f"gamma = {gamma:g}")
     axes.set(xlabel="margin M: mean log-prob chosen - rejected (nats per token)", ylabel="held-out pairs")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -34,23 +34,22 @@ def claim(setup: Setup) -> None:
         "recipe": _fixed(recipe),
         "data": {"train": setup.train.key, "held_out": setup.held_out and setup.held_out.key},
     }
-    claimed = folder / "recipe.yaml"
+    claimed = folder / "identity.yaml"
     if claimed.exists():
-        before = yaml.safe_load((folder / "identity.yaml").read_text(encoding="utf-8"))
-        changes = _differences(before, identity)
+        changes = _differences(yaml.safe_load(claimed.read_text(encoding="utf-8")), identity)
         if changes:
             raise ValueError(
                 f"output_dir='{folder}' holds another run ({'; '.join(changes)}); name a new output_dir, or remove that folder"
             )
-    elif holds_checkpoints(folder):
+    elif holds_checkpoints(folder) or (folder / "recipe.yaml").exists():
         raise ValueError(
-            f"output_dir='{folder}' holds checkpoints but no recipe.yaml, so not a run of repo-jax; name a new output_dir"
+            f"output_dir='{folder}' holds files that are not from a run of repo-jax; name a new output_dir"
         )
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not claimed.exists():
         write_base(recipe.model.model_name_or_path, setup.tokenizer, folder / "base")
-        write_whole(folder / "identity.yaml", yaml.safe_dump(identity, sort_keys=False, allow_unicode=True))
-    write_whole(claimed, dump_recipe(recipe))
+        write_whole(claimed, yaml.safe_dump(identity, sort_keys=False, allow_unicode=True))
+    write_whole(folder / "recipe.yaml", dump_recipe(recipe))
 
 
 def _fixed(recipe: Recipe) -> dict:
@@ -84,6 +83,14 @@ def save_evaluation(folder: pathlib.Path, when: str, evaluation: Evaluation) -> 
 def read_results(folder: pathlib.Path) -> dict | None:
     path = folder / "eval_results.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def read_metrics(path: pathlib.Path) -> list[dict]:
+    """The lines of a metrics.jsonl; a last line that was cut off in the middle is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]  # what follows the last newline was never finished
 
 
 def write_whole(path: pathlib.Path, text: str) -> None:

@@ -13,8 +13,8 @@ from repo_jax.models.hf import from_hf
 from repo_jax.optimizer import make_optimizer
 from repo_jax.preparation import Setup, set_up
 from repo_jax.progress import Log, describe, say
-from repo_jax.report import read_metrics, summary_text, write_report
-from repo_jax.run_folder import claim, read_results, save_evaluation
+from repo_jax.report import summary_text, write_report
+from repo_jax.run_folder import claim, read_metrics, read_results, save_evaluation
 from repo_jax.state import TrainState, initial_state, state_shapes, state_shardings
 from repo_jax.step import Scorer, TrainStep
 
@@ -100,7 +100,7 @@ def finish(setup: Setup, state: TrainState, folder: pathlib.Path) -> None:
         metrics=read_metrics(folder / "metrics.jsonl"),
         margins=margins,
         results=results,
-        gamma=setup.hparams["gamma"],
+        gamma=setup.hparams.get("gamma"),
         about=describe(setup).splitlines(),
     )
     if results is not None:

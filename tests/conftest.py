@@ -1,4 +1,4 @@
-"""Eight CPU devices, jax as strict as it can be, and each program compiled once however many tests run it."""
+"""Eight CPU devices, jax strict about shapes, and each program compiled once however many tests run it."""
 
 import atexit
 import os

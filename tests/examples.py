@@ -1,6 +1,5 @@
 """What several tests work on: the small real model, and pairs of tokens with known lengths."""
 
-import dataclasses
 import pathlib
 
 import jax
@@ -17,7 +16,6 @@ ASSETS = ROOT / "assets"
 STORIES = ASSETS / "stories260K"
 
 TINY = DecoderConfig(D=16, F=24, N=4, K=2, H=4, V=50, L=3, max_positions=64)
-UNTIED = dataclasses.replace(TINY, tie_embeddings=False)
 
 
 def one_device():

@@ -175,7 +175,9 @@ def test_a_model_folder_that_is_not_there_is_answered(recipe, refusal):
 
 def test_data_that_are_not_there_are_answered(recipe, refusal):
     assert refusal("train", recipe, "--dataset_name", "nowhere").startswith("'nowhere' is neither a .jsonl file nor")
-    assert refusal("train", recipe, "--dataset_train_split", "dev").endswith("splits present: test, train")
+    assert refusal("train", recipe, "--dataset_train_split", "dev").endswith(
+        "splits present: test, train; name a split, or give a file itself"
+    )
 
 
 def test_data_that_are_not_named_are_asked_for(recipe, refusal):
@@ -299,7 +301,7 @@ def test_exporting_what_is_no_checkpoint_is_answered(refusal, tmp_path):
 def test_exporting_over_what_is_no_model_is_answered(refusal, tmp_path):
     (tmp_path / "notes.txt").touch()
     assert refusal("export", "--checkpoint", "checkpoint-1", "--output", tmp_path) == (
-        f"output '{tmp_path}' exists and is not an exported model; name a new folder"
+        f"output '{tmp_path}' exists and is not an export of repo-jax; name a new folder"
     )
     assert (tmp_path / "notes.txt").exists()
 

@@ -239,3 +239,8 @@ def test_a_tilde_is_the_home_folder_in_every_path(load, monkeypatch):
         "/home/somebody/held_out",
     )
     assert (recipe.run.output_dir, recipe.data.cache_dir) == ("/home/somebody/runs", "/home/somebody/.cache/repo_jax")
+
+
+@pytest.mark.parametrize("text", ["optim: {seed: 1}\noptim: {learning_rate: 1}\n", "run:\n  seed: 1\n  seed: 2\n"])
+def test_a_key_given_twice_is_a_mistake(refusal, text):
+    assert "is given twice" in refusal(text)

@@ -22,13 +22,15 @@ def base(tmp_path):
 
 def exported(base, output):
     cfg, params = stories()
-    return export_model(params, cfg, one_device(), base=base, output=output, card="a card")
+    return export_model(
+        params, cfg, one_device(), base=base, output=output, card=model_card("", base="some/model", results=None)
+    )
 
 
 def test_an_export_holds_the_weights_and_all_that_goes_with_them(base, tmp_path):
     assert exported(base, tmp_path / "out") == 0
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (STORIES / "model.safetensors").read_bytes()
-    assert (tmp_path / "out" / "README.md").read_text() == "a card"
+    assert "some/model" in (tmp_path / "out" / "README.md").read_text()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
     assert modes == {(base / "config.json").stat().st_mode & 0o777}
@@ -53,6 +55,31 @@ def test_a_list_of_end_tokens_is_kept_if_the_runs_is_among_them(tmp_path):
         }
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_half_precision_model_is_held_to_its_rounding_and_no_more(base, tmp_path, dtype, monkeypatch):
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"dtype": dtype}))
+    assert exported(base, tmp_path / "out") <= 1e-5
+    original = hf.hf_tensors
+
+    def spoilt(*args, **kwargs):
+        for name, tensor in original(*args, **kwargs):
+            yield name, (tensor * np.float32(1.05)).astype(tensor.dtype) if "2.self_attn.q_proj" in name else tensor
+
+    monkeypatch.setattr(hf, "hf_tensors", spoilt)
+    with pytest.raises(RuntimeError, match="nothing was written"):
+        exported(base, tmp_path / "out")
+
+
+@pytest.mark.parametrize("theirs", ["config.json", "thesis.tex", "README.md"])
+def test_a_folder_that_is_not_an_export_is_never_replaced(base, tmp_path, theirs):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / theirs).write_text("keep me")
+    with pytest.raises(ValueError, match="exists and is not an export of repo-jax; name a new folder"):
+        exported(base, tmp_path / "out")
+    assert (tmp_path / "out" / theirs).read_text() == "keep me"
+
+
 def test_an_export_that_does_not_read_back_alike_is_no_export(base, tmp_path, monkeypatch):
     exported(base, tmp_path / "out")
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
@@ -71,13 +98,14 @@ def test_an_export_that_does_not_read_back_alike_is_no_export(base, tmp_path, mo
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
 
 
-def test_the_probe_notices_a_change_in_any_parameter():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_probe_notices_a_change_in_any_parameter(dtype):
     cfg, params = stories()
-    plain = export.probe(params, cfg, one_device())
+    plain = export.probe(params, cfg, one_device(), dtype)
     leaves, tree = jax.tree.flatten(params)
     for i, leaf in enumerate(leaves):
         changed = tree.unflatten([*leaves[:i], leaf * 1.05, *leaves[i + 1 :]])
-        assert np.abs(export.probe(changed, cfg, one_device()) - plain).max() > 1e-3
+        assert np.abs(export.probe(changed, cfg, one_device(), dtype) - plain).max() > 1e-3
 
 
 def test_the_card_says_where_the_model_came_from_and_what_was_measured():

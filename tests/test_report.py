@@ -1,6 +1,6 @@
 import numpy as np
 
-from repo_jax.report import read_metrics, summary_text, write_report
+from repo_jax.report import summary_text, write_report
 
 BEFORE = {"rewards/accuracies": 0.4, "mean_margin": -0.23, "active_fraction": 0.81}
 AFTER = {"rewards/accuracies": 0.56, "mean_margin": 0.14, "active_fraction": 0.805}
@@ -34,10 +34,3 @@ def test_the_summary_lines_up():
     lines = summary_text(BEFORE, AFTER).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert lines[2].split()[-2:] == ["-0.230", "0.140"]
-
-
-def test_a_line_cut_off_in_the_middle_is_left_out(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    assert read_metrics(path) == []
-    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
-    assert read_metrics(path) == [{"step": 1}, {"step": 2}]

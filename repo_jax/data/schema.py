@@ -4,6 +4,7 @@ A row is TRL's preference form with an explicit prompt: `prompt`, `chosen` and `
 lists of {"role", "content"} messages.
 """
 
+import codecs
 import dataclasses
 import json
 import pathlib
@@ -68,10 +69,14 @@ def resolve_split(dataset: str, split: str) -> pathlib.Path:
         file = path / f"{split}.jsonl"
         if not file.is_file():
             present = ", ".join(sorted(p.stem for p in path.glob("*.jsonl"))) or "none"
-            raise FileNotFoundError(f"'{dataset}' has no split '{split}' ({split}.jsonl); splits present: {present}")
+            raise FileNotFoundError(
+                f"'{dataset}' has no split '{split}' ({split}.jsonl); splits present: {present}; name a split, or give a file itself"
+            )
         return file
     if not path.is_file():
         raise FileNotFoundError(f"'{dataset}' is neither a .jsonl file nor a folder of them; give the path of one")
+    if path.suffix not in (".jsonl", ".json"):
+        raise ValueError(f"'{dataset}' is not a .jsonl file; write the pairs as one JSON object per line")
     return path
 
 
@@ -84,14 +89,14 @@ def read_preferences(path: pathlib.Path) -> Iterator[PreferenceExample]:
                 continue
             where = f"{path} line {number}"
             try:
-                row = json.loads(line.decode("utf-8"))
+                row = json.loads((line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).decode("utf-8"))
             except UnicodeDecodeError as error:
                 raise ValueError(
                     f"{where} is not UTF-8: {error.reason} at byte {error.start + 1}; mend or remove the line"
                 ) from None
             except json.JSONDecodeError as error:
                 raise ValueError(
-                    f"{where} is not JSON: {error.msg} at column {error.colno}; mend or remove the line"
+                    f"{where} is not JSON: {error.msg} at column {error.colno}; mend or remove the line (one JSON object per line is wanted)"
                 ) from None
             example = _to_example(row, where, default_id=f"{path.name}:{number}")
             kind = example.conversational if kind is None else kind
@@ -115,21 +120,36 @@ def _to_example(row, where: str, default_id: str) -> PreferenceExample:
                 f"{where} has no '{column}'; wanted {', '.join(COLUMNS)}, found {', '.join(row) or 'nothing'}"
             )
     if all(isinstance(row[column], str) for column in COLUMNS):
-        pass
+        for column in COLUMNS:
+            _check_text(row[column], f"{where}: '{column}'")
     elif all(isinstance(row[column], list) for column in COLUMNS):
         for column in COLUMNS:
-            _check_messages(row[column], f"{where}: '{column}'")
+            _check_messages(row[column], f"{where}: '{column}'", answer=column != "prompt")
     else:
         kinds = ", ".join(f"{column} a {type(row[column]).__name__}" for column in COLUMNS)
         raise ValueError(f"{where} has {kinds}; wanted three texts or three lists of messages")
     return PreferenceExample(str(row.get("id", default_id)), where, row["prompt"], row["chosen"], row["rejected"])
 
 
-def _check_messages(messages: list, where: str) -> None:
+def _check_text(text: str, where: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where} has half a character ({text[error.start]!r}) at position {error.start}; mend or remove the line"
+        ) from None
+
+
+def _check_messages(messages: list, where: str, *, answer: bool) -> None:
     if not messages:
         raise ValueError(f"{where} is an empty list; wanted at least one message")
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise ValueError(
                 f"{where}, message {i} is {json.dumps(message)[:80]}; wanted {{'role': text, 'content': text}}"
+            )
+        _check_text(message["content"], f"{where}, message {i}")
+        if answer and message["role"] not in ("assistant", "tool"):
+            raise ValueError(
+                f"{where}, message {i} has role '{message['role']}'; an answer holds what the assistant says, move the rest to 'prompt'"
             )

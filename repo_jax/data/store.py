@@ -116,12 +116,20 @@ def open_store(path: pathlib.Path, tokenizer, *, max_length: int, cache_dir: str
     key = _key(path, tokenizer, max_length)
     tfds.disable_progress_bar()
     folder = pathlib.Path(cache_dir) / key
-    builder = _PreferenceTokens(
-        path=path, tokenizer=tokenizer, max_length=max_length, data_dir=folder, file_format="array_record"
-    )
+
+    def make_builder():
+        options = {"data_dir": folder, "file_format": "array_record"}
+        return _PreferenceTokens(path=path, tokenizer=tokenizer, max_length=max_length, **options)
+
+    builder = make_builder()
     if not builder.data_path.exists():
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # TFDS prints announcements
-            builder.download_and_prepare()
+        try:
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # TFDS prints announcements
+                builder.download_and_prepare()
+        except FileExistsError:
+            if not builder.data_path.exists():
+                raise
+            builder = make_builder()  # another process was first: what it wrote is the same
     return TokenStore(path, builder.as_data_source("pairs"), builder.info.metadata, key)
 
 

@@ -71,7 +71,10 @@ def hyperparameters(loss: Loss) -> dict[str, float]:
     return {p.name: p.default for p in inspect.signature(loss.fn).parameters.values() if p.kind is p.KEYWORD_ONLY}
 
 
-def make_loss(loss_type: str = "repo", **given: float) -> tuple[Loss, dict[str, float]]:
+DEFAULT_LOSS = "repo"
+
+
+def make_loss(loss_type: str = DEFAULT_LOSS, **given: float) -> tuple[Loss, dict[str, float]]:
     """The loss of that name and its hyperparameters, defaults filled in.
 
     Names and ranges are checked now, so that a misspelt or unused hyperparameter fails before any device work.

@@ -92,8 +92,9 @@ class Decoder(nn.Module):
         if not c.tie_embeddings:
             self.param("head_VD", INIT, (c.V, c.D))  # declared here, used by logps.py
         # Gathering the table's D shards first keeps XLA from replicating the activations after the look-up.
-        table_VD = constrain(embed_VD.astype(self.dtype), P("tensor", None))
-        x_BTD = constrain(table_VD[tokens_BT], BATCH)
+        # Looking up before the cast keeps the table's gradient, a sum over all tokens, in float32.
+        table_VD = constrain(embed_VD, P("tensor", None))
+        x_BTD = constrain(table_VD[tokens_BT].astype(self.dtype), BATCH)
         mask_BTS = constrain(visible(segments_BT, prompts_BT), BATCH)
         # scan compiles one layer and runs it L times over parameters stacked along L; remat inside it decides what each
         # turn of the loop keeps for the backward pass (prevent_cse guards a case that cannot arise inside a scan).

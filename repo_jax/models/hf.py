@@ -59,7 +59,10 @@ class TensorFiles:
         self.folder = pathlib.Path(folder)
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            try:
+                files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
+                raise ValueError(f"'{index}' is not a safetensors index with a weight_map; fetch it again") from None
         else:
             files = ["model.safetensors"]
         self._slices = {}
@@ -82,12 +85,13 @@ class TensorFiles:
     def names(self) -> set[str]:
         return set(self._slices)
 
-    def dtype(self) -> str:
-        """The one dtype of the weights (float32, float16 or bfloat16), or an error when they have another or several."""
-        found = {slice_.get_dtype() for slice_ in self._slices.values()}
+    def dtype(self, cfg: DecoderConfig) -> str:
+        """The one dtype of the weights (float32, float16 or bfloat16), or a ValueError when they have another or several."""
+        found = {self[name].get_dtype() for name in expected_tensors(cfg)}
         if len(found) != 1 or not found <= set(SAFETENSORS_DTYPES):
             raise ValueError(
-                f"the weights in '{self.folder}' are {sorted(found)}; wanted one of {list(SAFETENSORS_DTYPES)} throughout"
+                f"the weights in '{self.folder}' are {' and '.join(sorted(found))}; wanted one of "
+                f"{', '.join(SAFETENSORS_DTYPES)} throughout: save the model again in one dtype"
             )
         return SAFETENSORS_DTYPES[found.pop()]
 
@@ -110,14 +114,20 @@ def read_part(stored, layout: str, index: tuple[slice, ...], cfg: DecoderConfig)
     return einops.rearrange(stored[tuple(their_index)], layout, **inner_sizes)
 
 
-def check_tensors(files: TensorFiles, cfg: DecoderConfig) -> None:
-    """Every tensor has a place and every parameter a tensor of the right shape, or one ValueError that lists what differs."""
+def expected_tensors(cfg: DecoderConfig) -> dict[str, list[int]]:
+    """Hugging Face name -> shape of every tensor that this checkpoint must have."""
     expected = {}
     for w in weights_of(cfg):
         theirs = groups_of(w.layout.split(" -> ")[0])
         shape = [math.prod(getattr(cfg, axis) for axis in group) for group in theirs]
         for i in range(cfg.L if "{i}" in w.hf else 1):
             expected[w.hf.format(i=i)] = shape
+    return expected
+
+
+def check_tensors(files: TensorFiles, cfg: DecoderConfig) -> None:
+    """Every tensor has a place and every parameter a tensor of the right shape, or one ValueError that lists what differs."""
+    expected = expected_tensors(cfg)
     # Buffers that old exports carry, and the copy of the embedding that some write for a tied head.
     ignored = {
         n for n in files.names() if n.endswith("rotary_emb.inv_freq") or (cfg.tie_embeddings and n == "lm_head.weight")
@@ -132,26 +142,30 @@ def check_tensors(files: TensorFiles, cfg: DecoderConfig) -> None:
         raise ValueError(f"the tensors in '{files.folder}' do not fit its config.json: {'; '.join(faults[:8])}{more}")
 
 
-def from_hf(folder: str | pathlib.Path, cfg: DecoderConfig, shardings: dict, *, dtype=np.float32) -> dict:
-    """The parameters of a Hugging Face folder; every device receives its own part, read straight from the files.
+def from_hf(folder: str | pathlib.Path, cfg: DecoderConfig, shardings: dict) -> dict:
+    """The parameters of a Hugging Face folder in float32; every device receives its own part, read straight from the files.
 
-    `shardings` is a tree like the parameters (sharding.param_shardings); `dtype` is what the parameters are stored in.
+    `shardings` is a tree like the parameters (sharding.param_shardings).
     """
     files = TensorFiles(folder)
     check_tensors(files, cfg)
     shardings, params = flatten_dict(shardings, sep="/"), {}
     for w in weights_of(cfg):
         axes = w.layout.split(" -> ")[1].split()
-        stacked = "{i}" in w.hf
-        shape = tuple(getattr(cfg, axis) for axis in (["L"] if stacked else []) + axes)
+        layers = [w.hf.format(i=i) for i in range(cfg.L)] if "{i}" in w.hf else None
+        shape = tuple(getattr(cfg, axis) for axis in (["L"] if layers else []) + axes)
+        parts = {}  # devices that hold the same part share one reading of it
 
-        def part(index, w=w, stacked=stacked):
-            if not stacked:
-                return read_part(files[w.hf], w.layout, index, cfg).astype(dtype)
-            layers = range(cfg.L)[index[0]]
-            return np.stack(
-                [read_part(files[w.hf.format(i=i)], w.layout, index[1:], cfg).astype(dtype) for i in layers]
-            )
+        def part(index, w=w, layers=layers, shape=shape, parts=parts):
+            key = tuple(one.indices(size)[:2] for one, size in zip(index, shape, strict=True))
+            if key not in parts:
+                parts[key] = np.empty([stop - start for start, stop in key], np.float32)
+                if layers:
+                    for i, name in enumerate(layers[index[0]]):
+                        parts[key][i] = read_part(files[name], w.layout, index[1:], cfg)
+                else:
+                    parts[key][...] = read_part(files[w.hf], w.layout, index, cfg)
+            return parts[key]
 
         params[w.ours] = jax.make_array_from_callback(shape, shardings[w.ours], part)
     return unflatten_dict(params, sep="/")

@@ -84,7 +84,10 @@ def test_the_rows_before_a_bad_line_are_read(file):
 
 def test_bad_json_names_line_and_column(file):
     path = file(TEXTS, '{"prompt": "a" "chosen": "b"}')
-    assert refusal(path) == "line 2 is not JSON: Expecting ',' delimiter at column 16; mend or remove the line"
+    assert (
+        refusal(path)
+        == "line 2 is not JSON: Expecting ',' delimiter at column 16; mend or remove the line (one JSON object per line is wanted)"
+    )
 
 
 def test_bytes_that_are_not_utf_8_name_the_file_and_line(file):
@@ -163,12 +166,18 @@ def test_a_folder_holds_a_file_per_split(tmp_path):
 def test_a_split_that_a_folder_lacks_is_answered_with_those_it_has(tmp_path):
     with pytest.raises(FileNotFoundError) as refused:
         resolve_split(str(tmp_path), "train")
-    assert str(refused.value) == f"'{tmp_path}' has no split 'train' (train.jsonl); splits present: none"
+    assert (
+        str(refused.value)
+        == f"'{tmp_path}' has no split 'train' (train.jsonl); splits present: none; name a split, or give a file itself"
+    )
     for name in ("test.jsonl", "dev.jsonl", "README.md"):
         (tmp_path / name).touch()
     with pytest.raises(FileNotFoundError) as refused:
         resolve_split(str(tmp_path), "train")
-    assert str(refused.value) == f"'{tmp_path}' has no split 'train' (train.jsonl); splits present: dev, test"
+    assert (
+        str(refused.value)
+        == f"'{tmp_path}' has no split 'train' (train.jsonl); splits present: dev, test; name a split, or give a file itself"
+    )
 
 
 def test_a_data_set_that_is_not_there_is_refused(tmp_path):
@@ -176,3 +185,38 @@ def test_a_data_set_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError) as refused:
         resolve_split(str(missing), "train")
     assert str(refused.value) == f"'{missing}' is neither a .jsonl file nor a folder of them; give the path of one"
+
+
+def test_half_a_character_is_named_by_line_and_place(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(
+        '{"prompt": "p", "chosen": "a", "rejected": "b"}\n{"prompt": "Once \\ud83d", "chosen": "a", "rejected": "b"}\n'
+    )
+    with pytest.raises(
+        ValueError, match=r"line 2: 'prompt' has half a character \('\\ud83d'\) at position 5; mend or remove"
+    ):
+        list(read_preferences(path))
+
+
+def test_what_the_user_says_inside_an_answer_is_refused(tmp_path):
+    user, said = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"prompt": [user], "chosen": [user, said], "rejected": [said]}) + "\n")
+    with pytest.raises(
+        ValueError, match="line 1: 'chosen', message 0 has role 'user'; an answer holds what the assistant says"
+    ):
+        list(read_preferences(path))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n', encoding="utf-8-sig")
+    assert [example.prompt for example in read_preferences(path)] == ["p"]
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "pairs.parquet").write_bytes(b"PAR1")
+    with pytest.raises(
+        ValueError, match=r"pairs.parquet' is not a .jsonl file; write the pairs as one JSON object per line"
+    ):
+        resolve_split(str(tmp_path / "pairs.parquet"), "train")

@@ -31,7 +31,7 @@ def test_in_and_out_again_gives_the_same_bytes(tmp_path, dtype, max_shard_bytes)
     tensors = safetensors.numpy.load_file(STORIES / "model.safetensors")
     tensors = {name: tensor.astype(hf.DTYPES[dtype]) for name, tensor in tensors.items()}
     safetensors.numpy.save_file(tensors, source / "model.safetensors")
-    assert hf.TensorFiles(source).dtype() == dtype
+    assert hf.TensorFiles(source).dtype(CFG) == dtype
     hf.to_hf(load(source), CFG, output, dtype=dtype, max_shard_bytes=max_shard_bytes)
     written = {}
     for file in output.glob("*.safetensors"):
@@ -60,7 +60,8 @@ def test_a_parameter_on_a_mesh_holds_what_it_holds_on_one_device():
             np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
-def test_each_device_reads_only_its_part(monkeypatch):
+@pytest.mark.parametrize("axes, ways", [((1, 8, 1), 8), ((4, 2, 1), 2), ((2, 2, 2), 2)])
+def test_each_part_is_read_once_and_no_whole_parameter_that_is_spread(monkeypatch, axes, ways):
     read = []
     original = hf.read_part
 
@@ -69,9 +70,9 @@ def test_each_device_reads_only_its_part(monkeypatch):
         return part
 
     monkeypatch.setattr(hf, "read_part", counted)
-    params = load(STORIES, mesh=make_mesh(1, 8, 1))
+    params = load(STORIES, mesh=make_mesh(*axes))
     total = sum(leaf.size for leaf in jax.tree.leaves(params))
-    assert sum(part.size for part in read) == total and max(part.size for part in read) <= CFG.V * CFG.D // 8
+    assert sum(part.size for part in read) == total and max(part.size for part in read) <= CFG.V * CFG.D // ways
 
 
 def test_an_untied_model_keeps_its_head(tmp_path):
@@ -109,15 +110,21 @@ def test_tensors_that_do_not_fit_are_listed_by_name(broken):
 def test_a_copy_of_a_tied_head_and_old_buffers_are_passed_over(broken):
     def change(tensors):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+        for name in list(tensors):
+            tensors[name] = tensors[name].astype(np.float16)
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)
 
-    load(broken(change))
+    folder = broken(change)
+    load(folder)
+    assert hf.TensorFiles(folder).dtype(CFG) == "float16"
 
 
 def test_mixed_and_integer_weights_are_refused(broken):
     folder = broken(lambda tensors: tensors.update({"model.norm.weight": np.ones(64, ml_dtypes.bfloat16)}))
-    with pytest.raises(ValueError, match=r"are \['BF16', 'F32'\]; wanted one of"):
-        hf.TensorFiles(folder).dtype()
+    with pytest.raises(
+        ValueError, match="are BF16 and F32; wanted one of F32, F16, BF16 throughout: save the model again in one dtype"
+    ):
+        hf.TensorFiles(folder).dtype(CFG)
 
 
 def test_a_missing_or_cut_file_is_named(tmp_path):
@@ -130,3 +137,9 @@ def test_a_missing_or_cut_file_is_named(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(FileNotFoundError, match=r"has no model-00001-of-00002\.safetensors"):
         hf.TensorFiles(tmp_path)
+    for text in ("version https://git-lfs.github.com/spec/v1", "{}"):
+        (tmp_path / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(
+            ValueError, match=r"index.json' is not a safetensors index with a weight_map; fetch it again"
+        ):
+            hf.TensorFiles(tmp_path)

@@ -1,0 +1,49 @@
+import types
+
+import pytest
+from examples import ASSETS, STORIES
+
+from repo_jax.config import to_recipe
+from repo_jax.preparation import compute_dtype, set_up
+
+
+def device(platform, **attributes):
+    return types.SimpleNamespace(platform=platform, **attributes)
+
+
+@pytest.mark.parametrize(
+    "on, dtype",
+    [
+        (device("cpu"), "float32"),
+        (device("tpu"), "bfloat16"),
+        (device("gpu", compute_capability="9.0"), "bfloat16"),
+        (device("gpu", compute_capability="10.0"), "bfloat16"),
+        (device("gpu", compute_capability="7.5"), "float32"),
+        (device("gpu", compute_capability="gfx90a"), "bfloat16"),
+    ],
+    ids=str,
+)
+def test_auto_is_bfloat16_where_the_hardware_is_fast_at_it(on, dtype):
+    assert compute_dtype("auto", on) == dtype
+    assert compute_dtype("float32", on) == "float32"
+
+
+def recipe(tmp_path, **sections):
+    data = {"eval_dataset_name": str(ASSETS / "preferences"), "cache_dir": str(tmp_path)}
+    template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    model = {"model_name_or_path": str(STORIES), "chat_template": template}
+    return to_recipe({"model": model, "data": data} | sections)
+
+
+def test_a_setup_says_the_loss_and_the_dtype_that_defaults_stand_for(tmp_path):
+    setup = set_up(recipe(tmp_path), training=False)
+    assert setup.recipe.loss == {"loss_type": "repo", "gamma": 0.5}
+    assert setup.recipe.model.compute_dtype == "float32"
+    setup = set_up(recipe(tmp_path, loss={"loss_type": "simpo", "beta": 10}), training=False)
+    assert setup.recipe.loss == {"loss_type": "simpo", "beta": 10, "gamma": 0.25, "label_smoothing": 0.0}
+
+
+def test_evaluations_without_held_out_pairs_are_refused(tmp_path):
+    data = {"dataset_name": str(ASSETS / "preferences" / "train.jsonl"), "cache_dir": str(tmp_path)}
+    with pytest.raises(ValueError, match="eval_steps=5 but there are no held-out pairs; give eval_dataset_name"):
+        set_up(recipe(tmp_path, data=data, run={"eval_steps": 5}), training=True)
