@@ -49,6 +49,11 @@ class TokenStore(Sequence):
         )
 
 
+class _LocalInfo(tfds.core.DatasetInfo):
+    def initialize_from_bucket(self) -> None:
+        """Does not ask TFDS's public bucket whether it knows this data set: it is the user's own."""
+
+
 class _PreferenceTokens(tfds.core.GeneratorBasedBuilder):
     """TFDS writes into a temporary folder and renames it at the end, so a store is whole or not there."""
 
@@ -63,7 +68,7 @@ class _PreferenceTokens(tfds.core.GeneratorBasedBuilder):
         text, ids = tfds.features.Text(), tfds.features.Tensor(shape=(None,), dtype=np.int32)
         features = {"id": text, "where": text, "prompt": ids, "chosen": ids, "rejected": ids}
         features["skips"] = tfds.features.Tensor(shape=(2,), dtype=np.int32)
-        return tfds.core.DatasetInfo(
+        return _LocalInfo(
             builder=self, disable_shuffling=True, metadata=self._metadata, features=tfds.features.FeaturesDict(features)
         )
 

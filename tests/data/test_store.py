@@ -280,3 +280,21 @@ def test_data_needs_neither_jax_nor_tensorflow(file, tmp_path):
         check=True,
     )
     assert done.stdout.split() == []
+
+
+def test_two_processes_may_prepare_the_same_data_at_once(opened, file, monkeypatch):
+    original = store._PreferenceTokens.download_and_prepare
+
+    def beaten_to_it(self):
+        original(self)  # the other process, which comes to its end first
+        raise FileExistsError("Cannot rename incomplete: it already exists")
+
+    monkeypatch.setattr(store._PreferenceTokens, "download_and_prepare", beaten_to_it)
+    assert ids(opened(file())) == ["row-0", "row-1", "row-2"]
+
+
+def test_preparing_leaves_no_temporary_folders(opened, file, tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    opened(file())
+    assert list((tmp_path / "temporary").iterdir()) == []
