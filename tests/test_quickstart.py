@@ -1,12 +1,13 @@
 """The quickstart does what it says, over seeds, and the other way round on swapped pairs. Minutes: pytest -m slow."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import yaml
 from examples import ASSETS, ROOT, STORIES
-
-from repo_jax import load_recipe, train
 
 pytestmark = pytest.mark.slow
 
@@ -23,17 +24,18 @@ def measured(tmp_path, *, seed: int, swap: bool = False) -> tuple[float, float]:
         if swap and split == "train":
             rows = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
         (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    changes = {
-        "model.model_name_or_path": str(STORIES),
-        "data.dataset_name": str(data),
-        "data.cache_dir": str(tmp_path / "cache"),
-        "run.output_dir": str(tmp_path / "run"),
-        "run.seed": seed,
-        "mesh.data": 8,  # the tests have eight devices
-        "mesh.fsdp": 1,
-        "data.rows_per_device": 1,
+    flags = {
+        "model_name_or_path": STORIES,
+        "dataset_name": data,
+        "cache_dir": tmp_path / "cache",
+        "output_dir": tmp_path / "run",
     }
-    folder = train(load_recipe(ROOT / "configs" / "quickstart.yaml", changes))
+    arguments = [f"--{name}={value}" for name, value in (flags | {"seed": seed}).items()]
+    # A process of its own, on one device, as a user starts it; the tests have eight.
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "repo_jax", "train", str(ROOT / "configs" / "quickstart.yaml"), *arguments]
+    subprocess.run(command, env=environment, check=True)
+    folder = tmp_path / "run"
     assert yaml.safe_load((folder / "recipe.yaml").read_text())["run"]["seed"] == seed
     results = json.loads((folder / "eval_results.json").read_text())
     return tuple(results["after"][name] - results["before"][name] for name in ("rewards/accuracies", "mean_margin"))
