@@ -1,4 +1,4 @@
-"""The commands: repo-jax train | evaluate | export."""
+"""The commands: repo-jax train | evaluate | inspect | prepare | export."""
 
 import argparse
 import difflib
@@ -8,10 +8,11 @@ import pathlib
 import sys
 
 from repo_jax.config import SECTIONS, leaf_fields, load_recipe, read_yaml, takes_text
+from repo_jax.data.schema import DamagedStoreError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; returns 0, 2 after one line on what to change, or 1 after one line on why training stopped."""
+    """Runs a command; returns 0, 2 after one line on what to change, or 1 after one line on what went wrong meanwhile."""
     # transformers would announce that there is no torch; none is needed.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     arguments, command, overrides = parse(sys.argv[1:] if argv is None else argv)
@@ -20,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         print(f"repo-jax: {error}", file=sys.stderr)
         return 2
-    except FloatingPointError as error:
+    except (FloatingPointError, DamagedStoreError) as error:
         print(f"repo-jax: {error}", file=sys.stderr)
         return 1
 
@@ -46,8 +47,7 @@ def train_command(arguments, overrides) -> int:
 
 
 def evaluate_command(arguments, overrides) -> int:
-    given = {"model.model_name_or_path": arguments.model, "data.eval_dataset_name": arguments.data}
-    recipe = checked(load_recipe, arguments.config, {name: value for name, value in given.items() if value} | overrides)
+    recipe = recipe_with_data(arguments, overrides, "data.eval_dataset_name")
     from repo_jax.evaluation import evaluate_setup
     from repo_jax.preparation import set_up
 
@@ -59,6 +59,40 @@ def evaluate_command(arguments, overrides) -> int:
     if arguments.output:
         pathlib.Path(arguments.output).write_text(text + "\n", encoding="utf-8")
     return 0
+
+
+def inspect_command(arguments, overrides) -> int:
+    # A row that cannot be read is one of the things to be told.
+    skip = {"data.on_bad_rows": "skip"}
+    recipe = recipe_with_data(arguments, skip | overrides, "data.dataset_name")
+    from repo_jax.inspection import as_text, inspect
+
+    found = checked(inspect, recipe, show=arguments.show, compare=arguments.compare)
+    if arguments.json:
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        print(as_text(found, color=sys.stdout.isatty()))
+    return int(bool(arguments.strict and found["wrong"]))
+
+
+def prepare_command(arguments, overrides) -> int:
+    recipe = recipe_with_data(arguments, overrides, "data.dataset_name")
+    from repo_jax.stores import held_out_store, tokenizer_of, train_store
+
+    tokenizer = checked(tokenizer_of, recipe)
+    for split, open_it in (("train", train_store), ("held-out", held_out_store)):
+        store = checked(open_it, recipe, tokenizer)
+        if store is not None:
+            print(f"{split}: {len(store)} pairs of {store.name} ({store.schema}) in {store.folder}")
+            for line in store.counts():
+                print(f"  {line}")
+    return 0
+
+
+def recipe_with_data(arguments, overrides: dict, data: str):
+    """The recipe of a command that takes --model and --data; what --data stands for differs."""
+    given = {"model.model_name_or_path": arguments.model, data: arguments.data}
+    return checked(load_recipe, arguments.config, {name: value for name, value in given.items() if value} | overrides)
 
 
 def export_command(arguments, overrides) -> int:
@@ -95,11 +129,20 @@ def parse(argv: list[str]):
     train.add_argument("config", help="the recipe, a YAML file")
     add_recipe_flags(train)
     evaluate = add("evaluate", evaluate_command, "score held-out pairs with a model and print the metrics as JSON")
-    evaluate.add_argument("config", nargs="?", help="a recipe, where one is wanted")
-    evaluate.add_argument("--model", metavar="DIR", help="folder of a Hugging Face model (model.model_name_or_path)")
-    evaluate.add_argument("--data", metavar="FILE", help="preference pairs (data.eval_dataset_name)")
+    add_data_flags(evaluate, "held-out preference data (data.eval_dataset_name)")
     evaluate.add_argument("--output", metavar="FILE", help="where to write the JSON as well")
-    add_recipe_flags(evaluate, taken=frozenset({"data"}))
+    inspect = add(
+        "inspect", inspect_command, "say what a data set holds, what of it would be scored, and what is wrong"
+    )
+    add_data_flags(inspect, "preference data (data.dataset_name)")
+    inspect.add_argument("--show", type=int, default=3, metavar="N", help="pairs to print decoded (default: 3)")
+    inspect.add_argument(
+        "--compare", choices=["official"], help="what the code released with SimPO and RePO would score instead"
+    )
+    inspect.add_argument("--json", action="store_true", help="print everything as JSON")
+    inspect.add_argument("--strict", action="store_true", help="exit with 1 when something is wrong")
+    prepare = add("prepare", prepare_command, "tokenize a recipe's data into its store, where training finds it")
+    add_data_flags(prepare, "preference data (data.dataset_name)")
     export = add("export", export_command, "write a checkpoint as a Hugging Face folder")
     export.add_argument("--checkpoint", required=True, metavar="DIR", help="a checkpoint-N folder in a run's folder")
     export.add_argument("--output", required=True, metavar="DIR", help="the folder to write")
@@ -109,6 +152,13 @@ def parse(argv: list[str]):
         parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean {close[0]}?" if close else ""))
     overrides = {name: value for name, value in vars(arguments).items() if "." in name}
     return arguments, arguments.function, overrides
+
+
+def add_data_flags(parser: argparse.ArgumentParser, data: str) -> None:
+    parser.add_argument("config", nargs="?", help="a recipe, where one is wanted")
+    parser.add_argument("--model", metavar="DIR", help="folder of a Hugging Face model (model.model_name_or_path)")
+    parser.add_argument("--data", metavar="NAME", help=data)
+    add_recipe_flags(parser, taken=frozenset({"data"}))
 
 
 def recipe_flags() -> dict[str, str]:

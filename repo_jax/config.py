@@ -41,17 +41,51 @@ class ModelSection:
 @dataclass(frozen=True, config=STRICT)
 class DataSection:
     dataset_name: Path | None = Field(
-        None, description="preference pairs: a .jsonl file, or a folder with one per split"
-    )
-    eval_dataset_name: Path | None = Field(
-        None, description="held-out pairs, likewise; null: the test split of dataset_name if that is a folder"
-    )
-    dataset_train_split: str = Field("train", description="the split to train on, where dataset_name is a folder")
-    dataset_test_split: str = Field("test", description="the split to evaluate on, where the data set is a folder")
-    max_length: int | None = Field(
         None,
-        ge=2,
-        description="tokens of prompt + longer answer; pairs over it are dropped and counted; null: the model's positions",
+        description="preference data: a .jsonl, .jsonl.gz, .parquet or .arrow file, a folder of splits, a Hugging Face data set (folder or Hub name), or a folder that `repo-jax prepare` wrote",
+    )
+    dataset_mixer: dict[str, float] | None = Field(
+        None, description="instead of dataset_name: data sets, and the share of each that is taken, {name: fraction}"
+    )
+    dataset_config: str | None = Field(None, description="the configuration of a Hugging Face data set")
+    eval_dataset_name: Path | None = Field(
+        None, description="held-out data, likewise; null: the test split of dataset_name if that has splits"
+    )
+    dataset_train_split: str = Field(
+        "train", description="the split to train on, or a part of it: train[:1000], train[10%:]"
+    )
+    dataset_test_split: str | None = Field("test", description="the split to evaluate on; null: none")
+    schema: Literal["auto", "explicit", "implicit", "hh", "unpaired", "conversations"] = Field(
+        "auto",
+        description="what the columns hold: explicit (prompt, chosen, rejected), implicit (the prompt inside both answers), hh (transcripts), unpaired (prompt, completion, label), conversations; auto: as the first rows look",
+    )
+    on_bad_rows: Literal["error", "skip"] = Field(
+        "error", description="a row that cannot be read stops the preparation, or is counted and left out"
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="what the chat template is given besides the messages; a row's own go first"
+    )
+    compat: Literal["none", "official"] = Field(
+        "none", description="official: token ids and scored tokens as the code released with SimPO and RePO has them"
+    )
+    score_header: bool = Field(False, description="whether the assistant header is scored as part of the answer")
+    append_eos: Literal["auto", "always", "never"] = Field(
+        "auto", description="the end token behind an answer; auto: behind texts; behind messages as the template says"
+    )
+    truncation: Literal["drop", "keep_end", "keep_start", "official"] | None = Field(
+        None,
+        description="pairs over max_length or max_prompt_length are dropped, or lose the prompt's beginning (keep_end) or end (keep_start) and then the answers' ends, or are cut as SimPO's and RePO's code does; null: drop, or official with compat: official",
+    )
+    max_length: int | None = Field(
+        None, ge=2, description="tokens of the prompt and the longer answer; null: the model's positions"
+    )
+    max_prompt_length: int | None = Field(None, ge=1, description="tokens of the prompt; null: no limit of its own")
+    use_poet: bool = Field(False, description="cut both answers to the shorter one's length (arXiv:2506.09457)")
+    ld_alpha: float | None = Field(
+        None, ge=0, le=1, description="what tokens beyond the shorter answer's length count for (LD-DPO); null: 1"
+    )
+    temporal_decay: float | None = Field(
+        None, gt=0, le=1, description="the t-th token of an answer counts for this to the power t (D2PO); null: 1"
     )
     row_length: int | None = Field(
         None, ge=3, description="token slots of a packed row; null: the longest pair, rounded up to 128"
@@ -61,6 +95,12 @@ class DataSection:
     )
     rows_per_device: int = Field(4, ge=1, description="rows a device takes through the model at a time")
     cache_dir: Path = Field("~/.cache/repo_jax", description="where tokenized data sets are kept")
+
+    def __post_init__(self):
+        for one, other in (("dataset_name", "dataset_mixer"), ("ld_alpha", "temporal_decay"), ("use_poet", "ld_alpha")):
+            given = getattr(self, one)
+            if given is not None and given is not False and getattr(self, other) is not None:
+                raise ValueError(f"{one} and {other} are both given; choose one of them")
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -25,7 +25,10 @@ def exact_matmuls(dtype):
 
 
 def pair_logps(model: Decoder, params: dict, batch: RowBatch) -> PairLogps:
-    """Scores every answer of every row in one forward pass; an answer that is in no row gets sum and length 0."""
+    """Scores every answer of every row in one forward pass; an answer that is in no row gets sum and length 0.
+
+    Tokens with weights count for these in the sums and for 1 in the lengths.
+    """
     B = batch.filled_B.shape[0]
 
     def sum_by_answer(x_RS):
@@ -39,7 +42,10 @@ def pair_logps(model: Decoder, params: dict, batch: RowBatch) -> PairLogps:
         # Not a shift by one: a prompt's last slot predicts two tokens, the first of each answer.
         source_RSD = jnp.take_along_axis(hidden_RTD, batch.sources_RS[..., None], axis=1)
         logps_RS = token_logps(source_RSD, output_head(params), batch.targets_RS)
-    return PairLogps(sum_by_answer(logps_RS), sum_by_answer(jnp.ones_like(logps_RS)))
+    lengths_B2 = sum_by_answer(jnp.ones_like(logps_RS))
+    if batch.weights_RS is not None:
+        logps_RS = logps_RS * batch.weights_RS
+    return PairLogps(sum_by_answer(logps_RS), lengths_B2)
 
 
 def token_logps(source_RSD, head_VD, targets_RS):

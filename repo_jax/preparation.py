@@ -1,7 +1,6 @@
 """Everything that can be wrong with what a user gave, found before the first device computation."""
 
 import dataclasses
-import pathlib
 from typing import NamedTuple
 
 import jax
@@ -11,15 +10,14 @@ from jax.sharding import Mesh
 
 from repo_jax.config import Recipe
 from repo_jax.data.batches import steps_per_epoch
-from repo_jax.data.chat import load_tokenizer
 from repo_jax.data.rows import RowShape, suggest_row_length, suggest_scored_length, too_long
-from repo_jax.data.schema import resolve_split
-from repo_jax.data.store import TokenStore, open_store
+from repo_jax.data.store import TokenStore
 from repo_jax.losses import DEFAULT_LOSS, Loss, make_loss
 from repo_jax.models.config import DecoderConfig
 from repo_jax.models.decoder import Decoder, param_shapes
 from repo_jax.models.hf import TensorFiles, check_tensors
 from repo_jax.sharding import batch_ways, make_mesh, param_shardings
+from repo_jax.stores import held_out_store, tokenizer_of, train_store
 
 
 class Setup(NamedTuple):
@@ -60,16 +58,24 @@ def set_up(recipe: Recipe, *, training: bool) -> Setup:
     loss, hparams = make_loss(**recipe.loss)
     cfg = DecoderConfig.from_hf(recipe.model.model_name_or_path)
     check_tensors(TensorFiles(recipe.model.model_name_or_path), cfg)
-    tokenizer = load_tokenizer(
-        recipe.model.model_name_or_path, chat_template=recipe.model.chat_template, eos_token=recipe.model.eos_token
-    )
+    tokenizer = tokenizer_of(recipe)
     if (largest := len(tokenizer)) > cfg.V:
         raise ValueError(
             f"the tokenizer has {largest} tokens but the model embeds {cfg.V}; give the tokenizer that belongs to the model"
         )
-    train_path, held_out_path = _paths(recipe, training=training)
-    train = _open(train_path, recipe, cfg, tokenizer)
-    held_out = _open(held_out_path, recipe, cfg, tokenizer)
+    train = train_store(recipe, tokenizer) if training else None
+    held_out = held_out_store(recipe, tokenizer)
+    if held_out is None and not training:
+        raise ValueError("there is nothing to evaluate on; give --data a file of preference pairs")
+    if held_out is None and recipe.run.eval_steps is not None:
+        raise ValueError(
+            f"eval_steps={recipe.run.eval_steps} but there are no held-out pairs; give eval_dataset_name, or leave eval_steps out"
+        )
+    for store in (train, held_out):
+        if store is not None and store.unpaired:
+            raise ValueError(
+                f"'{store.name}' is unpaired (prompt, completion, label) but loss '{recipe.loss.get('loss_type', DEFAULT_LOSS)}' compares two answers; give pairs"
+            )
     mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor)
     param_shardings(param_shapes(cfg), mesh)
     shape = _row_shape(recipe, [store for store in (train, held_out) if store is not None], mesh)
@@ -79,49 +85,16 @@ def set_up(recipe: Recipe, *, training: bool) -> Setup:
     return Setup(recipe, loss, hparams, cfg, tokenizer, train, held_out, mesh, shape, total_steps)
 
 
-def _paths(recipe: Recipe, *, training: bool) -> tuple[pathlib.Path | None, pathlib.Path | None]:
-    data = recipe.data
-    train = held_out = None
-    if training:
-        if data.dataset_name is None:
-            raise ValueError(
-                "recipe.data.dataset_name is not set; give a .jsonl file of preference pairs, or a folder of them"
-            )
-        train = resolve_split(data.dataset_name, data.dataset_train_split)
-    if data.eval_dataset_name is not None:
-        held_out = resolve_split(data.eval_dataset_name, data.dataset_test_split)
-    elif data.dataset_name is not None and pathlib.Path(data.dataset_name).is_dir():
-        held_out = resolve_split(data.dataset_name, data.dataset_test_split)
-    if recipe.run.eval_steps is not None and held_out is None:
-        raise ValueError(
-            f"eval_steps={recipe.run.eval_steps} but there are no held-out pairs; give eval_dataset_name, or leave eval_steps out"
-        )
-    if not training and held_out is None:
-        raise ValueError("there is nothing to evaluate on; give --data a .jsonl file of preference pairs")
-    return train, held_out
-
-
-def _open(path, recipe: Recipe, cfg: DecoderConfig, tokenizer) -> TokenStore | None:
-    if path is None:
-        return None
-    max_length = recipe.data.max_length or cfg.max_positions
-    if max_length > cfg.max_positions:
-        raise ValueError(
-            f"max_length={max_length} but the model has {cfg.max_positions} positions; lower max_length to at most that"
-        )
-    return open_store(path, tokenizer, max_length=max_length, cache_dir=recipe.data.cache_dir)
-
-
 def _row_shape(recipe: Recipe, stores: list[TokenStore], mesh: Mesh) -> RowShape:
     slots = np.concatenate([store.slots for store in stores])
-    scored = np.concatenate([store.scored for store in stores])
+    scored = np.concatenate([store.scored.sum(axis=1) for store in stores])
     T = recipe.data.row_length or suggest_row_length(slots)
     S = recipe.data.scored_length or suggest_scored_length(slots, scored, T)
-    for size, room in (("slots", T), ("scored", S)):
-        store = max(stores, key=lambda store: getattr(store, size).max())
-        largest = int(getattr(store, size).argmax())
-        if getattr(store, size)[largest] > room:
-            raise too_long(store[largest], T, S)
+    for sizes, room in ((slots, T), (scored, S)):
+        if sizes.max() > room:
+            largest = int(sizes.argmax())
+            store = stores[0] if largest < len(stores[0]) else stores[1]
+            raise too_long(store[largest - (store is not stores[0]) * len(stores[0])], T, S)
     return RowShape(recipe.data.rows_per_device * batch_ways(mesh), T, S)
 
 

@@ -110,11 +110,8 @@ def describe(setup: Setup) -> str:
     ]
     for name, store in (("training", setup.train), ("held-out", setup.held_out)):
         if store is not None:
-            dropped = "".join(
-                f"; dropped {n} {why} ({', '.join(store.dropped_ids[why])}{', ...' if n > len(store.dropped_ids[why]) else ''})"
-                for why, n in store.dropped.items()
-            )
-            lines.append(f"{name}: {len(store)} pairs{dropped}")
+            lines.append(f"{name}: {len(store)} pairs of {store.name} ({store.schema})")
+            lines += [f"  {line}" for line in store.counts()]
     R, T, S = setup.shape
     mesh = " x ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
     lines.append(

@@ -36,9 +36,9 @@ def write_report(
     """report.md in FOLDER with three plots beside it; returns its path.
 
     metrics: the lines of metrics.jsonl; margins: held-out margins before and after; results: eval_results.json; about: lines
-    that say what the run was.
+    that say what the run was, those that begin with a space being of the one before.
     """
-    lines = ["# Report", "", *(f"- {line}" for line in about), ""]
+    lines = ["# Report", "", *(f"{'  ' * line.startswith(' ')}- {line.strip()}" for line in about), ""]
     if results is not None:
         lines += ["| held-out pairs | before | after |", "| --- | --- | --- |"]
         lines += [f"| {what} | {b:.4f} | {a:.4f} |" for what, b, a in summary_rows(results["before"], results["after"])]

@@ -31,7 +31,7 @@ def place(batch: RowBatch, mesh: Mesh) -> RowBatch:
         sharding = NamedSharding(mesh, P() if name == "filled_B" else BATCH)
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
-    return RowBatch(*(put(name, array) for name, array in batch._asdict().items()))
+    return RowBatch(**{name: put(name, array) for name, array in batch._asdict().items() if array is not None})
 
 
 class Gathered(NamedTuple):

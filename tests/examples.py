@@ -5,7 +5,8 @@ import pathlib
 import jax
 import numpy as np
 
-from repo_jax.data.schema import PairTokens
+from repo_jax.data.chat import PairTokenizer, Tokenized, TokenOptions
+from repo_jax.data.schema import PairTokens, PreferenceExample
 from repo_jax.models.config import DecoderConfig
 from repo_jax.models.decoder import param_shapes
 from repo_jax.models.hf import from_hf
@@ -36,10 +37,25 @@ def random_params(cfg: DecoderConfig, seed: int = 0) -> dict:
     )
 
 
+def tokenize(tokenizer, example: PreferenceExample, **options) -> Tokenized:
+    """What becomes of one example, by itself."""
+    [result] = PairTokenizer(tokenizer, TokenOptions(**options))([example])
+    return result
+
+
+def tokens(prompt, chosen, rejected, masks=None, *, name: str = "pair", where: str | None = None) -> PairTokens:
+    """A pair of these ids; without masks every token of the answers is scored."""
+    ids = [np.asarray(part, np.int32) for part in (prompt, chosen, rejected)]
+    masks = (
+        [np.ones(len(part), bool) for part in ids[1:]] if masks is None else [np.array(mask, bool) for mask in masks]
+    )
+    return PairTokens(name, name if where is None else where, *ids, *masks)
+
+
 def pair_of(
-    rng: np.random.Generator, lengths: tuple[int, int, int], *, V: int, skips=(0, 0), name: str = "pair"
+    rng: np.random.Generator, lengths: tuple[int, int, int], *, V: int, masks=None, name: str = "pair"
 ) -> PairTokens:
-    return PairTokens(name, name, *(rng.integers(1, V, size=n, dtype=np.int32) for n in lengths), skips)
+    return tokens(*(rng.integers(1, V, size=n, dtype=np.int32) for n in lengths), masks, name=name)
 
 
 def random_pairs(n: int, *, V: int, seed: int = 0, most: int = 20) -> list[PairTokens]:

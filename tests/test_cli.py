@@ -89,7 +89,7 @@ def test_evaluate_has_short_flags_for_model_and_data(recipe, refusal):
     # --data is the file here; the mesh's axis of that name goes by its full one.
     assert read("evaluate", recipe, "--data", "x.jsonl", "--mesh.data", "8").mesh.data == 8
     assert refusal("evaluate", recipe, "--model", "nowhere").startswith("model_name_or_path='nowhere' is not a folder")
-    assert refusal("evaluate", recipe, "--data", "x.jsonl").startswith("'x.jsonl' is neither a .jsonl file nor")
+    assert refusal("evaluate", recipe, "--data", "x.jsonl").startswith("'x.jsonl' is neither a file nor a folder;")
 
 
 @pytest.fixture
@@ -106,11 +106,11 @@ def help_of(capsys, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "inspect", "prepare"])
 def test_help_lists_every_leaf_with_its_default(help_of, command):
     text = help_of(command)
     for name, (section, field) in leaf_fields().items():
-        short = "" if (command, name) == ("evaluate", "data") else rf"--{name}( X)?, "
+        short = "" if command != "train" and name == "data" else rf"--{name}( X)?, "
         default = "none, it must be set" if field.default.is_required() else json.dumps(field.default.default)
         words = re.escape(f"{field.default.description} (default: {default})")
         assert re.search(rf"{short}--{section}\.{name} X {words}", text)
@@ -174,15 +174,17 @@ def test_a_model_folder_that_is_not_there_is_answered(recipe, refusal):
 
 
 def test_data_that_are_not_there_are_answered(recipe, refusal):
-    assert refusal("train", recipe, "--dataset_name", "nowhere").startswith("'nowhere' is neither a .jsonl file nor")
+    assert refusal("train", recipe, "--dataset_name", "nowhere").startswith(
+        "'nowhere' is neither a file nor a folder nor"
+    )
     assert refusal("train", recipe, "--dataset_train_split", "dev").endswith(
-        "splits present: test, train; name a split, or give a file itself"
+        "splits present: edge, test, train; name a split, or give a file itself"
     )
 
 
 def test_data_that_are_not_named_are_asked_for(recipe, refusal):
     assert refusal("train", recipe, "--dataset_name", "null") == (
-        "recipe.data.dataset_name is not set; give a .jsonl file of preference pairs, or a folder of them"
+        "recipe.data.dataset_name is not set; give a file of preference pairs, or a data set's name"
     )
 
 
@@ -191,13 +193,26 @@ def test_a_bad_data_line_is_named(recipe, refusal, tmp_path):
     data = tmp_path / "pairs.jsonl"
     data.write_text("\n".join([*good, '{"prompt": "a", "chosen": "b"}']), encoding="utf-8")
     assert refusal("train", recipe, "--dataset_name", data) == (
-        f"{data} line 3 has no 'rejected'; wanted prompt, chosen, rejected, found prompt, chosen"
+        f"{data} line 3 has no 'rejected'; wanted prompt, chosen, rejected, found prompt (text), chosen (text)"
     )
+
+
+def test_a_damaged_store_ends_a_command_with_1(recipe, tmp_path, capsys):
+    flags = ["--data", str(ASSETS / "preferences"), "--cache_dir", str(tmp_path / "cache")]
+    assert cli.main(["prepare", str(recipe), *flags]) == 0
+    (damaged, *_) = sorted((tmp_path / "cache").glob("*/preference_tokens/*/*.array_record*"))
+    damaged.write_bytes(b"")
+    capsys.readouterr()
+    assert cli.main(["prepare", str(recipe), *flags]) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("repo-jax: '/") and "is damaged (" in said and "prepare it anew" in said
 
 
 def test_data_of_which_nothing_is_left_are_answered(recipe, refusal):
     said = refusal("train", recipe, "--max_length", "5")
-    assert said.startswith(f"no pair of {ASSETS / 'preferences' / 'train.jsonl'} can be used (600 over_long")
+    assert said.startswith(
+        f"no pair of {ASSETS / 'preferences' / 'train.jsonl'} can be used (600 pairs over max_length"
+    )
 
 
 def test_a_broken_chat_template_is_answered(recipe, refusal):
@@ -283,7 +298,7 @@ def test_an_end_token_that_is_not_one_is_answered(recipe, refusal):
 
 def test_evaluating_on_nothing_is_answered(refusal):
     assert refusal("evaluate", "--model", STORIES) == (
-        "there is nothing to evaluate on; give --data a .jsonl file of preference pairs"
+        "there is nothing to evaluate on; give --data a file of preference pairs"
     )
 
 

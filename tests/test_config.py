@@ -2,12 +2,15 @@
 
 import collections
 import dataclasses
+import typing
 
 import pytest
 import yaml
 from examples import ROOT
 
 from repo_jax.config import SECTIONS, DataSection, OptimSection, Recipe, dump_recipe, leaf_fields, load_recipe
+from repo_jax.data.chat import TokenOptions
+from repo_jax.data.schema import SCHEMAS
 
 MODEL = "model: {model_name_or_path: some/model}\n"
 SECTION_NAMES = "model, data, loss, optim, mesh, run"
@@ -95,6 +98,8 @@ def test_every_field_is_described():
 def test_a_dumped_recipe_loads_as_the_same_recipe(load, tmp_path):
     recipe = load(
         'model: {model_name_or_path: m, chat_template: "a: é\\n  {{ b }}\'\\n", eos_token: <s>}\n'
+        "data: {dataset_mixer: {a.jsonl: 0.5, owner/name: 1}, chat_template_kwargs: {enable_thinking: false, n: [1, a]}, "
+        "dataset_test_split: null, schema: hh, truncation: keep_end, max_length: 64, ld_alpha: 0.25}\n"
         "loss: {loss_type: simpo, beta: 2.5, gamma: 1e-3}\n"
         "optim: {learning_rate: 3e-7, adam_epsilon: 1e-12, max_grad_norm: null, max_steps: 5}\n"
         "mesh: {fsdp: 2, tensor: -1}\n"
@@ -139,13 +144,25 @@ MISTAKES = {
     # choices
     "optim: {lr_scheduler_type: cos}": "recipe.optim.lr_scheduler_type='cos'; choose one of 'cosine', 'linear', 'constant'",
     "model: {model_name_or_path: m, remat: true}": "recipe.model.remat=True; choose one of 'none', 'dots', 'full'",
+    "data: {schema: pairs}": "recipe.data.schema='pairs'; choose one of 'auto', 'explicit', 'implicit', 'hh', 'unpaired', 'conversations'",
+    "data: {on_bad_rows: drop}": "recipe.data.on_bad_rows='drop'; choose one of 'error', 'skip'",
+    "data: {compat: simpo}": "recipe.data.compat='simpo'; choose one of 'none', 'official'",
+    "data: {append_eos: true}": "recipe.data.append_eos=True; choose one of 'auto', 'always', 'never'",
+    "data: {truncation: keep}": "recipe.data.truncation='keep'; choose one of 'drop', 'keep_end', 'keep_start', 'official'",
     # ranges
     "optim: {learning_rate: 0}": "recipe.optim.learning_rate=0; wanted greater than 0",
     "optim: {train_batch_size: 0}": "recipe.optim.train_batch_size=0; wanted greater than or equal to 1",
     "optim: {warmup_ratio: 1.5}": "recipe.optim.warmup_ratio=1.5; wanted less than or equal to 1",
     "optim: {adam_beta1: 1}": "recipe.optim.adam_beta1=1; wanted less than 1",
     "data: {max_length: 1}": "recipe.data.max_length=1; wanted greater than or equal to 2",
+    "data: {max_prompt_length: 0}": "recipe.data.max_prompt_length=0; wanted greater than or equal to 1",
+    "data: {ld_alpha: 1.5}": "recipe.data.ld_alpha=1.5; wanted less than or equal to 1",
+    "data: {ld_alpha: -0.1}": "recipe.data.ld_alpha=-0.1; wanted greater than or equal to 0",
+    "data: {temporal_decay: 0}": "recipe.data.temporal_decay=0; wanted greater than 0",
     # kinds
+    "data: {dataset_mixer: {a.jsonl: half}}": "recipe.data.dataset_mixer.a.jsonl='half'; wanted a valid number, unable to parse string as a number",
+    "data: {dataset_mixer: a.jsonl}": "recipe.data.dataset_mixer='a.jsonl'; wanted a section, `dataset_mixer:` with its fields indented below",
+    "data: {use_poet: both}": "recipe.data.use_poet='both'; wanted a valid boolean, unable to interpret input",
     "optim: {learning_rate: fast}": "recipe.optim.learning_rate='fast'; wanted a valid number, unable to parse string as a number",
     "optim: {max_steps: 1.5}": "recipe.optim.max_steps=1.5; wanted a valid integer, got a number with a fractional part",
     "run: {output_dir: 2024}": "recipe.run.output_dir=2024; wanted a valid string",
@@ -159,6 +176,37 @@ MISTAKES = {
     "mesh: {tensor: 0}": "mesh.tensor=0; give a number of devices from 1, or -1 for those that are left",
     "mesh: {fsdp: -2}": "mesh.fsdp=-2; give a number of devices from 1, or -1 for those that are left",
 }
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("dataset_name: a.jsonl", "dataset_mixer: {b.jsonl: 1}"),
+        ("ld_alpha: 0.5", "temporal_decay: 0.5"),
+        ("ld_alpha: 0", "temporal_decay: 1"),
+        ("use_poet: true", "ld_alpha: 0.5"),
+        ("use_poet: true", "ld_alpha: 0"),
+    ],
+)
+def test_what_excludes_each_other_is_not_given_together(load, refusal, one, other):
+    names = [text.split(":")[0] for text in (one, other)]
+    assert refusal(f"data: {{{one}, {other}}}") == f"{names[0]} and {names[1]} are both given; choose one of them"
+    for alone in (one, other):
+        assert load(f"data: {{{alone}}}").data != DataSection()
+    assert load("data: {use_poet: false, ld_alpha: 0.5}").data.ld_alpha == 0.5
+    assert load("data: {use_poet: true, temporal_decay: 0.5}").data.temporal_decay == 0.5
+
+
+def test_the_recipe_knows_every_schema_and_every_choice_of_the_token_options():
+    types = typing.get_type_hints(DataSection)
+    assert typing.get_args(types["schema"]) == ("auto", *SCHEMAS)
+    for name, kind in typing.get_type_hints(TokenOptions).items():
+        ours = types[name]
+        choices = {
+            *typing.get_args(ours),
+            *(choice for part in typing.get_args(ours) for choice in typing.get_args(part)),
+        }
+        assert {*typing.get_args(kind)} <= choices, name
 
 
 @pytest.mark.parametrize(("text", "message"), MISTAKES.items(), ids=MISTAKES)

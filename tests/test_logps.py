@@ -2,13 +2,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from examples import ROOT, STORIES, TINY, pair_of, random_pairs, random_params, stories
+import safetensors.numpy
+from examples import ROOT, STORIES, TINY, pair_of, random_pairs, random_params, stories, tokens
 from oracles.decoder import next_token_logps
 
 from repo_jax import logps
 from repo_jax.data.rows import RowShape, row_batches
+from repo_jax.data.weights import ld, temporal_decay
 from repo_jax.logps import pair_logps, token_logps
 from repo_jax.models.decoder import Decoder
+from repo_jax.models.hf import hf_tensors
 
 SHAPE = RowShape(R=4, T=64, S=48)
 
@@ -92,7 +95,7 @@ def test_float32_log_probs_of_the_real_model_equal_its_reference():
     for sequence in sequences:
         # The whole sequence as one answer to a prompt of its first token, so that all of the path is used.
         ids = np.asarray(sequence["ids"], np.int32)
-        pair = pair_of(np.random.default_rng(0), (1, 1, 1), V=cfg.V)._replace(prompt=ids[:1], chosen=ids[1:])
+        pair = tokens(ids[:1], ids[1:], [2])
         batch = row_batches([pair], RowShape(1, pair.slots, pair.scored))[0]
         hidden = model.apply(
             {"params": params}, batch.tokens_RT, batch.positions_RT, batch.segments_RT, batch.prompts_RT
@@ -161,16 +164,90 @@ def test_a_shared_prompt_equals_a_prompt_per_answer():
     assert np.linalg.norm(flat - other) <= 1e-5 * np.linalg.norm(flat)
 
 
-def test_skipped_tokens_are_read_but_not_scored():
+def test_tokens_that_are_not_scored_are_read():
     params, rng = random_params(TINY), np.random.default_rng(0)
     model = Decoder(TINY, jnp.float32)
-    pair = pair_of(rng, (5, 6, 4), V=TINY.V, skips=(2, 0))
-    longer_prompt = pair._replace(
-        prompt=np.concatenate([pair.prompt, pair.chosen[:2]]), chosen=pair.chosen[2:], skips=(0, 0)
-    )
+    pair = pair_of(rng, (5, 6, 4), V=TINY.V, masks=[[0, 0, 1, 1, 1, 1], [1, 1, 1, 1]])
+    longer_prompt = tokens(np.concatenate([pair.prompt, pair.chosen[:2]]), pair.chosen[2:], pair.rejected)
     results = [pair_logps(model, params, row_batches([p], RowShape(1, 32, 16))[0]) for p in (pair, longer_prompt)]
     np.testing.assert_allclose(results[0].logps_B2[0, 0], results[1].logps_B2[0, 0], rtol=1e-5)
     assert results[0].lengths_B2.tolist() == [[4, 4]]
+
+
+def test_an_answer_scored_in_pieces_sums_those_after_all_that_stands_before_them():
+    cfg, params = stories()
+    pair = tokens([1, 20, 30], [40, 50, 60, 70, 80], [90, 100], masks=[[1, 0, 0, 1, 1], [0, 1]])
+    result = pair_logps(Decoder(cfg, jnp.float32), params, row_batches([pair], RowShape(1, 16, 8))[0])
+    for side, (branch, mask) in enumerate(zip(pair.branches, pair.masks, strict=True)):
+        alone = next_token_logps(STORIES, np.concatenate([pair.prompt, branch]))[len(pair.prompt) - 1 :]
+        np.testing.assert_allclose(result.logps_B2[0, side], alone[mask].sum(), rtol=1e-5, atol=1e-4)
+    assert result.lengths_B2.tolist() == [[3, 1]]
+
+
+def test_an_unpaired_row_scores_its_one_answer():
+    params, pairs = random_params(TINY), random_pairs(2, V=TINY.V)
+    empty = {"rejected": pairs[0].rejected[:0], "rejected_mask": pairs[0].rejected_mask[:0]}
+    model = Decoder(TINY, jnp.float32)
+    paired, unpaired = (
+        pair_logps(model, params, row_batches([first, pairs[1]], SHAPE)[0])
+        for first in (pairs[0], pairs[0]._replace(**empty))
+    )
+    assert unpaired.lengths_B2.tolist() == [[len(pairs[0].chosen), 0], paired.lengths_B2[1].tolist()]
+    np.testing.assert_allclose(unpaired.logps_B2[0], [paired.logps_B2[0, 0], 0], rtol=1e-5)
+    np.testing.assert_allclose(unpaired.logps_B2[1], paired.logps_B2[1], rtol=1e-5)
+
+
+# Weights
+
+
+def weighted_pairs(V):
+    """Pairs with the weights of either kind, some of their tokens not scored, and one pair without weights."""
+    rng = np.random.default_rng(2)
+    pairs = [
+        pair_of(rng, (3, 6, 4), V=V, masks=[[1, 0, 1, 1, 0, 1], [1, 1, 0, 1]]),
+        pair_of(rng, (2, 2, 5), V=V),
+        pair_of(rng, (4, 5, 1), V=V),
+        pair_of(rng, (1, 3, 3), V=V),
+    ]
+    return [temporal_decay(pairs[0], gamma=0.8), ld(pairs[1], alpha=0.25), ld(pairs[2], alpha=0.0), pairs[3]]
+
+
+def test_weighted_sums_are_those_of_float64_numpy_in_value_and_gradient(tmp_path):
+    cfg, params = stories()
+    pairs = weighted_pairs(cfg.V)
+    mixture = np.asarray(jnp.asarray(np.random.default_rng(1).normal(size=(len(pairs), 2)), jnp.float32), np.float64)
+    start = safetensors.numpy.load_file(STORIES / "model.safetensors")
+
+    def oracle(weights):
+        (tmp_path / "config.json").write_bytes((STORIES / "config.json").read_bytes())
+        safetensors.numpy.save_file(weights, tmp_path / "model.safetensors")
+        sums = np.zeros((len(pairs), 2))
+        for number, pair in enumerate(pairs):
+            for side, (branch, mask) in enumerate(zip(pair.branches, pair.masks, strict=True)):
+                logps = next_token_logps(tmp_path, [*pair.prompt, *branch])[len(pair.prompt) - 1 :][mask]
+                sums[number, side] = logps.sum() if pair.weights is None else logps @ pair.weights[side]
+        return sums
+
+    grads, result = scored(Decoder(cfg, jnp.float32), params, pairs)
+    np.testing.assert_allclose(result.logps_B2, oracle(start), rtol=1e-5, atol=1e-4)
+    np.testing.assert_array_equal(result.lengths_B2, [[4, 3], [2, 5], [5, 1], [3, 3]])  # weights change no length
+
+    # The slope of the oracle in a random direction, against the gradient's share of that direction.
+    rng, step = np.random.default_rng(0), 1e-4
+    ours = dict(hf_tensors(jax.tree.map(np.float32, grads), cfg, dtype="float32"))
+    for _ in range(2):
+        direction = {name: rng.normal(size=tensor.shape) * abs(tensor).mean() for name, tensor in start.items()}
+        up, down = (oracle({name: start[name] + sign * step * direction[name] for name in start}) for sign in (1, -1))
+        slope = (mixture * (up - down)).sum() / (2 * step)
+        np.testing.assert_allclose(sum((ours[name] * direction[name]).sum() for name in start), slope, rtol=1e-4)
+
+
+def test_rows_batches_and_padding_change_no_weighted_value_or_gradient():
+    params, pairs = random_params(TINY), weighted_pairs(TINY.V)
+    model = Decoder(TINY, jnp.float32)
+    padded = scored(model, params, pairs, RowShape(4, 14, 10))
+    for shape in (SHAPE, RowShape(1, 32, 20)):
+        assert_same(padded, scored(model, params, pairs, shape))
 
 
 def test_an_answer_that_is_in_no_row_has_sum_and_length_zero():

@@ -47,3 +47,31 @@ def test_evaluations_without_held_out_pairs_are_refused(tmp_path):
     data = {"dataset_name": str(ASSETS / "preferences" / "train.jsonl"), "cache_dir": str(tmp_path)}
     with pytest.raises(ValueError, match="eval_steps=5 but there are no held-out pairs; give eval_dataset_name"):
         set_up(recipe(tmp_path, data=data, run={"eval_steps": 5}), training=True)
+
+
+@pytest.fixture
+def unpaired(tmp_path):
+    path = tmp_path / "unpaired.jsonl"
+    path.write_text('{"prompt": "Once", "completion": " upon a time", "label": true}\n', encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("loss, name", [({}, "repo"), ({"loss_type": "simpo"}, "simpo")])
+def test_unpaired_rows_are_refused_by_a_loss_that_compares_two_answers(tmp_path, unpaired, loss, name):
+    message = f"'{unpaired}' is unpaired (prompt, completion, label) but loss '{name}' compares two answers; give pairs"
+    pairs = str(ASSETS / "preferences" / "test.jsonl")
+    for data, training in (
+        ({"dataset_name": unpaired}, True),
+        ({"dataset_name": pairs, "eval_dataset_name": unpaired}, True),
+        ({"eval_dataset_name": unpaired}, False),
+    ):
+        with pytest.raises(ValueError) as refused:
+            set_up(recipe(tmp_path, data=data | {"cache_dir": str(tmp_path)}, loss=loss), training=training)
+        assert str(refused.value) == message
+
+
+def test_weights_of_the_recipe_reach_the_pairs_of_both_stores(tmp_path):
+    data = {"dataset_name": str(ASSETS / "preferences"), "cache_dir": str(tmp_path), "temporal_decay": 0.5}
+    setup = set_up(recipe(tmp_path, data=data, optim={"train_batch_size": 8}), training=True)
+    for store in (setup.train, setup.held_out):
+        assert store[0].weights[0][:3].tolist() == [0.5, 0.25, 0.125]

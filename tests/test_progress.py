@@ -3,9 +3,14 @@ import types
 
 import jax.numpy as jnp
 import pytest
+from examples import STORIES
 
-from repo_jax.config import OptimSection, RunSection
-from repo_jax.progress import Log
+from repo_jax.config import OptimSection, RunSection, to_recipe
+from repo_jax.data.chat import TokenOptions, load_tokenizer
+from repo_jax.data.rows import RowShape
+from repo_jax.data.sources import open_source
+from repo_jax.data.store import open_store
+from repo_jax.progress import Log, describe
 from repo_jax.run_folder import read_metrics
 
 
@@ -50,3 +55,42 @@ def test_a_run_that_has_diverged_stops_before_it_saves(tmp_path, bad):
 
 def test_there_are_no_lines_before_there_is_a_file(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_a_run_is_described_with_what_became_of_every_row(tmp_path):
+    rows = [{"id": f"row-{i}", "prompt": "Once", "chosen": f" upon {i}", "rejected": " there"} for i in range(5)]
+    rows[1] |= {"chosen": ""}
+    rows[3] |= {"rejected": " a" * 80}
+
+    def store(name, rows, **options):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        options = TokenOptions(max_length=64, **options)
+        tokenizer = load_tokenizer(str(STORIES))
+        return open_store(open_source(str(path), "train"), tokenizer, options, cache_dir=str(tmp_path / "cache"))
+
+    setup = types.SimpleNamespace(
+        recipe=to_recipe(
+            {
+                "model": {"model_name_or_path": "some/model", "compute_dtype": "float32"},
+                "loss": {"loss_type": "simpo"},
+                "optim": {"train_batch_size": 2},
+            }
+        ),
+        hparams={"beta": 2.0, "gamma": 0.25},
+        train=store("train.jsonl", rows, truncation="keep_end"),
+        held_out=store("test.jsonl", rows[4:]),
+        shape=RowShape(4, 128, 64),
+        mesh=types.SimpleNamespace(shape={"data": 1, "fsdp": 8}),
+        total_steps=3,
+    )
+    assert describe(setup).splitlines() == [
+        "simpo (beta 2, gamma 0.25) on some/model, in float32",
+        f"training: 4 pairs of {tmp_path / 'train.jsonl'} (explicit, texts)",
+        "  warning: 1 of 5 rows dropped (20.0%), pairs with an empty answer or an empty prompt: row-1",
+        "  warning: 1 of 5 rows kept (20.0%), pairs that were cut to max_length or max_prompt_length: row-3",
+        f"held-out: 1 pairs of {tmp_path / 'test.jsonl'} (explicit, texts)",
+        "3 updates of 2 pairs, 4 rows of 128 slots (64 scored) at a time, on data 1 x fsdp 8",
+    ]
+    setup.held_out = None
+    assert not any(line.startswith("held-out") for line in describe(setup).splitlines())

@@ -34,3 +34,9 @@ def test_the_summary_lines_up():
     lines = summary_text(BEFORE, AFTER).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert lines[2].split()[-2:] == ["-0.230", "0.140"]
+
+
+def test_what_belongs_to_a_line_about_the_run_stands_below_it(tmp_path):
+    about = ["training: 3 pairs", "  1 of 4 rows dropped", "  warning: 2 of 4 rows kept", "held-out: 2 pairs"]
+    text = write_report(tmp_path, metrics=METRICS, margins=None, results=None, gamma=0.5, about=about).read_text()
+    assert "- training: 3 pairs\n  - 1 of 4 rows dropped\n  - warning: 2 of 4 rows kept\n- held-out: 2 pairs\n" in text

@@ -11,6 +11,7 @@ import pytest
 from examples import one_device, pair_of, stories
 
 from repo_jax.data.rows import RowShape, row_batches
+from repo_jax.data.weights import ld, temporal_decay
 from repo_jax.losses import make_loss
 from repo_jax.models.decoder import Decoder
 from repo_jax.sharding import make_mesh
@@ -127,6 +128,18 @@ def test_two_pass_pushes_back_only_the_answers_whose_slope_is_not_zero(monkeypat
     )
     _, metrics = step.mean_grads(params, sixteen_pairs())
     assert sum(filled.sum() for filled in pushed) == round(float(metrics["active_fraction"]) * 16) < 16
+
+
+def test_the_two_forms_are_one_function_of_weighted_pairs_too():
+    pairs = [
+        ld(pair, alpha=0.25) if i % 2 else temporal_decay(pair, gamma=0.9) for i, pair in enumerate(sixteen_pairs())
+    ]
+    (grads, metrics), (two_pass_grads, two_pass) = (
+        make_step(mode=mode)[0].mean_grads(real_model()[1], pairs) for mode in ("direct", "two_pass")
+    )
+    assert abs(metrics["loss"] - reference("repo")[1]["loss"]) > 1e-3  # the weights do something
+    np.testing.assert_allclose(two_pass["loss"], metrics["loss"], rtol=1e-5)
+    assert np.linalg.norm(flat(two_pass_grads) - flat(grads)) <= 1e-5 * np.linalg.norm(flat(grads))
 
 
 @pytest.mark.parametrize("mode", ["direct", "two_pass"])

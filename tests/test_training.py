@@ -220,6 +220,16 @@ def test_a_single_file_trains_without_held_out_pairs(recipe, tmp_path):
     assert not (tmp_path / "run" / "eval_results.json").exists() and (tmp_path / "run" / "report.md").exists()
 
 
+def test_a_mixture_trains_on_its_shares_and_evaluates_on_its_test_splits(recipe, tmp_path):
+    data = yaml.safe_load(recipe.read_text())["data"]["dataset_name"]
+    mixture = json.dumps({data: 0.5, f"{data}/train.jsonl": 0.25})
+    flags = ["--dataset_name", "null", "--dataset_mixer", mixture, "--temporal_decay", "0.9", "--max_steps", "1"]
+    output = finished(command(recipe, tmp_path / "run", *flags))
+    assert f"training: 24 pairs of {data}/train.jsonl + {data}/train.jsonl (explicit, messages)\n" in output
+    assert f"held-out: 16 pairs of {data}/test.jsonl (explicit, messages)\n" in output
+    assert lines(tmp_path / "run")[0]["loss"] > 0
+
+
 def test_export_refuses_a_folder_that_is_no_model_and_a_checkpoint_that_is_none(unbroken, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("keep me")

@@ -1,6 +1,5 @@
 """Five SimPO updates here and in TRL 1.16: same ids, same losses, same weights. Skipped where TRL is not installed."""
 
-import dataclasses
 import json
 from typing import NamedTuple
 
@@ -8,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
-from examples import ASSETS, STORIES, one_device
+from examples import ASSETS, STORIES, one_device, tokenize, tokens
 
 from repo_jax.config import OptimSection
-from repo_jax.data.chat import load_tokenizer, tokenize_pair
+from repo_jax.data.chat import load_tokenizer
 from repo_jax.data.rows import RowShape, row_batches, suggest_row_length
 from repo_jax.data.schema import PairTokens, PreferenceExample
 from repo_jax.losses import make_loss
@@ -59,14 +58,14 @@ def short_texts() -> list[PreferenceExample]:
 
 def from_trl(row: dict) -> PairTokens:
     """A row of TRL's tokenized data as our pair; label -100 marks what is not scored."""
-    prompt, branches, skips = row["prompt_input_ids"], [], []
+    prompt, branches, masks = row["prompt_input_ids"], [], []
     for side in ("chosen", "rejected"):
         ids, labels = row[f"{side}_input_ids"], row[f"{side}_labels"]
-        unscored = labels.count(-100)
-        assert ids[: len(prompt)] == prompt and labels[unscored:] == ids[unscored:]
-        branches.append(np.array(ids[len(prompt) :], np.int32))
-        skips.append(unscored - len(prompt))
-    return PairTokens(row["id"], row["where"], np.array(prompt, np.int32), *branches, tuple(skips))
+        assert ids[: len(prompt)] == prompt
+        assert all(label in (-100, token) for label, token in zip(labels, ids, strict=True))
+        branches.append(ids[len(prompt) :])
+        masks.append([label != -100 for label in labels[len(prompt) :]])
+    return tokens(prompt, *branches, masks, name=row["id"], where=row["where"])
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +91,8 @@ def trl(tmp_path_factory) -> Trained:
     tokenizer = load_tokenizer(STORIES)
     tokenizer.pad_token = tokenizer.eos_token  # TRL wants one; no loss looks at it
     model = transformers.AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32)
-    rows = Dataset.from_list([dataclasses.asdict(example) for example in short_texts()])
+    columns = ("id", "where", "prompt", "chosen", "rejected")
+    rows = Dataset.from_list([{name: getattr(example, name) for name in columns} for example in short_texts()])
     trainer = CPOTrainer(model, options, train_dataset=rows, processing_class=tokenizer)
 
     def weights():
@@ -127,9 +127,10 @@ def ours(request, trl) -> tuple[list[dict], dict[str, np.ndarray]]:
 def test_a_pair_has_the_ids_and_the_scored_tokens_that_trl_gives_it(trl):
     tokenizer = load_tokenizer(STORIES)
     for example, pair in zip(short_texts(), trl.pairs, strict=True):
-        for one, other in zip(tokenize_pair(tokenizer, example), pair, strict=True):
+        for one, other in zip(tokenize(tokenizer, example).pair, pair, strict=True):
             np.testing.assert_array_equal(one, other, err_msg=example.id)
-    assert any(pair.skips != (0, 0) for pair in trl.pairs[: UPDATES * PAIRS])  # answers that split the prompt's end
+    # Among them are answers that split the prompt's end.
+    assert any(not mask.all() for pair in trl.pairs[: UPDATES * PAIRS] for mask in pair.masks)
 
 
 def test_simpo_has_the_losses_and_metrics_of_trl_at_every_update(trl, ours):

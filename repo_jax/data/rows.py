@@ -23,6 +23,7 @@ class RowBatch(NamedTuple):
     sources_RS: np.ndarray  # the slot that predicts each of them
     answers_RS: np.ndarray  # 2 * pair + side, side 0 chosen, 1 rejected; 2 * B where unused
     filled_B: np.ndarray  # True for the pairs that are in these rows
+    weights_RS: np.ndarray | None = None  # what each scored token counts for in its answer's sum; None: 1
 
 
 class RowShape(NamedTuple):
@@ -69,17 +70,19 @@ def row_batches(
 ) -> list[RowBatch]:
     """The pairs of one global batch as row batches of one shape; pair i keeps its number i in all of them.
 
-    wanted_B2 leaves out answers (and, where both are left out, pairs); B makes room for more pairs than there are, so that
-    a short batch keeps its shapes. Raises ValueError for a pair that no row can hold.
+    wanted_B2 leaves out answers (and, where both are left out, pairs), as an unpaired row leaves out the answer it has not; B
+    makes room for more pairs than there are, so that a short batch keeps its shapes. Raises ValueError for a pair that no row
+    can hold.
     """
     B = len(pairs) if B is None else B
-    wanted_B2 = np.ones((len(pairs), 2), bool) if wanted_B2 is None else wanted_B2
+    present_B2 = np.array([[len(ids) > 0 for ids in pair.branches] for pair in pairs], bool).reshape(-1, 2)
+    wanted_B2 = present_B2 if wanted_B2 is None else wanted_B2[: len(pairs)] & present_B2
     chosen = [i for i in range(len(pairs)) if wanted_B2[i].any()]
     slots, scored = [], []
     for i in chosen:
         sides = np.flatnonzero(wanted_B2[i])
         slots.append(len(pairs[i].prompt) + sum(len(pairs[i].branches[side]) for side in sides))
-        scored.append(sum(len(pairs[i].branches[side]) - pairs[i].skips[side] for side in sides))
+        scored.append(sum(int(pairs[i].masks[side].sum()) for side in sides))
         if slots[-1] > shape.T or scored[-1] > shape.S:
             raise too_long(pairs[i], shape.T, shape.S)
     rows = [[chosen[k] for k in row] for row in pack(slots, scored, shape.T, shape.S)]
@@ -106,6 +109,7 @@ def _fill(pairs, rows: list[list[int]], shape: RowShape, B: int, wanted_B2: np.n
         *(np.zeros((R, S), np.int32) for _ in range(2)),
         answers_RS=np.full((R, S), 2 * B, np.int32),
         filled_B=np.zeros(B, bool),
+        weights_RS=np.zeros((R, S), np.float32) if any(pair.weights is not None for pair in pairs) else None,
     )
     for row, numbers in enumerate(rows):
         slot, scored, segment = 0, 0, 0
@@ -126,14 +130,17 @@ def _fill(pairs, rows: list[list[int]], shape: RowShape, B: int, wanted_B2: np.n
             put(pair.prompt, 0, prompt_segment)
             segment = prompt_segment
             for side in np.flatnonzero(wanted_B2[number]):
-                ids, skip = pair.branches[side], pair.skips[side]
+                ids, mask = pair.branches[side], pair.masks[side]
                 segment += 1
                 # Each token is predicted by the one before it; a branch's first token by the prompt's last.
                 sources = np.concatenate([[prompt_end - 1], slot + np.arange(len(ids) - 1)])
                 put(ids, len(pair.prompt), segment)
-                here = slice(scored, scored + len(ids) - skip)
-                batch.targets_RS[row, here] = ids[skip:]
-                batch.sources_RS[row, here] = sources[skip:]
+                targets = ids[mask]
+                here = slice(scored, scored + len(targets))
+                batch.targets_RS[row, here] = targets
+                batch.sources_RS[row, here] = sources[mask]
                 batch.answers_RS[row, here] = 2 * number + side
-                scored += len(ids) - skip
+                if batch.weights_RS is not None:
+                    batch.weights_RS[row, here] = 1 if pair.weights is None else pair.weights[side]
+                scored += len(targets)
     return batch

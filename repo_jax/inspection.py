@@ -1,0 +1,339 @@
+"""What a data set holds, what would be trained on, and what is wrong with it; no jax."""
+
+import collections
+import itertools
+import pathlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from repo_jax.config import Recipe
+from repo_jax.data.batches import batch_indices, steps_per_epoch
+from repo_jax.data.chat import PairTokenizer, TokenOptions
+from repo_jax.data.rows import pack, suggest_row_length, suggest_scored_length
+from repo_jax.data.schema import PairTokens, PreferenceExample, read_examples
+from repo_jax.data.sources import RawRow, open_source
+from repo_jax.data.store import DROPPED, NothingLeftError, TokenStore, count_lines, is_prepared
+from repo_jax.stores import held_out_store, token_options, tokenizer_of, train_store
+
+BATCHES = 20  # so many updates are packed to see what their rows look like
+COMPARED = 1000  # so many pairs are tokenized the official way too
+SHINGLE = 8  # words in a row that two prompts may share
+ALIKE = 0.8  # a held-out prompt with this share of its shingles in one training prompt is a near-duplicate
+
+
+def inspect(recipe: Recipe, *, show: int = 3, compare: str | None = None) -> dict:
+    """Everything there is to say of a recipe's data, as plain values (JSON); as_text writes it for people.
+
+    show: how many of the first pairs are decoded; compare="official": what the code released with SimPO and RePO would score
+    instead. Raises ValueError or FileNotFoundError for what cannot be inspected.
+    """
+    tokenizer = tokenizer_of(recipe)
+    try:
+        train = train_store(recipe, tokenizer)
+    except NothingLeftError as nothing:
+        lines = count_lines(nothing.rows, nothing.dropped, nothing.named, DROPPED, "dropped")
+        return {
+            "train": {"rows": nothing.rows, "pairs": 0, "dropped": nothing.dropped, "counts": lines},
+            "wrong": lines,
+        }
+    held_out = held_out_store(recipe, tokenizer)
+    found = {"train": describe_store(train)}
+    if held_out is not None:
+        found["held_out"] = describe_store(held_out)
+    found["packing"] = describe_packing(recipe, train)
+    if not train.unpaired:
+        found["length_balance"] = length_balance(train)
+    if held_out is not None:
+        found["near_duplicates"] = near_duplicates(
+            [prompt_text(recipe, train, i) for i in _all(train, "reading training prompts")],
+            [prompt_text(recipe, held_out, i) for i in _all(held_out, "reading held-out prompts")],
+        )
+    found["examples"] = [decoded(tokenizer, train[i]) for i in range(min(show, len(train)))]
+    if compare == "official":
+        found["official"] = compare_official(recipe, tokenizer, train, show)
+    found["wrong"] = what_is_wrong(found)
+    return found
+
+
+def describe_store(store: TokenStore) -> dict:
+    """Schema, counts and lengths in tokens of one split."""
+    whole = store.lengths[:, :1] + store.lengths[:, 1:]
+    columns = {"prompt": store.lengths[:, 0], "chosen": store.scored[:, 0], "rejected": store.scored[:, 1]}
+    columns["prompt + longer answer"] = whole.max(axis=1)
+    return {
+        "name": store.name,
+        "folder": str(store.folder),
+        "schema": store.schema,
+        "rows": store.rows,
+        "pairs": len(store),
+        "dropped": store.dropped,
+        "noticed": store.noticed,
+        "named": store.named,
+        "counts": store.counts(),
+        "columns": sorted(store.columns),
+        "max_length": store.tokens["max_length"],
+        "over_length_share": (store.noticed.get("truncated", 0) + store.dropped.get("over_long", 0)) / store.rows,
+        "lengths": {name: quantiles(tokens[tokens > 0]) for name, tokens in columns.items() if (tokens > 0).any()},
+    }
+
+
+def quantiles(tokens: np.ndarray) -> dict[str, float]:
+    p50, p90 = np.quantile(tokens, [0.5, 0.9])
+    return {"mean": float(tokens.mean()), "p50": float(p50), "p90": float(p90), "max": int(tokens.max())}
+
+
+def describe_packing(recipe: Recipe, store: TokenStore) -> dict:
+    """The row shape that holds every pair, and what packing and shared prompts save with it."""
+    B = min(recipe.optim.train_batch_size, len(store))
+    longest, scored = int(store.slots.max()), store.scored.sum(axis=1)
+    T = max(recipe.data.row_length or 0, suggest_row_length(store.slots))
+    S = suggest_scored_length(store.slots, scored, T)
+    used, rows, pairs = 0, 0, 0
+    for step in range(min(BATCHES, steps_per_epoch(len(store), B))):
+        batch = batch_indices(step, pairs=len(store), train_batch_size=B, seed=recipe.run.seed)
+        rows += len(pack(store.slots[batch].tolist(), scored[batch].tolist(), T, S))
+        used, pairs = used + int(store.slots[batch].sum()), pairs + B
+    wholes = (store.lengths[:, :1] + store.lengths[:, 1:])[store.lengths[:, 1:] > 0]
+    return {
+        "row_length": T,
+        "scored_length": S,
+        "longest_pair": longest,
+        "recipe_row_length": recipe.data.row_length,
+        "train_batch_size": B,
+        "rows_per_update": rows / (pairs / B),
+        "padding_packed": 1 - used / (rows * T),
+        "padding_one_pair_per_row": 1 - used / (pairs * T),
+        "tokens": int(store.slots.sum()),
+        "shared_prompts_save": 1 - float(store.slots.sum() / wholes.sum()),
+    }
+
+
+def length_balance(store: TokenStore) -> dict[str, float]:
+    """How far the labels follow length: the share of pairs, of those that differ, whose longer answer is the chosen one."""
+    longer = store.scored[:, 0] - store.scored[:, 1]
+    differ = longer[longer != 0]
+    if not len(differ):
+        return {"longer_is_chosen": 0.5, "longer_is_chosen_where_it_differs_most": 0.5, "mean_difference": 0.0}
+    most = differ[np.abs(differ) >= np.quantile(np.abs(differ), 0.75)]
+    return {
+        "longer_is_chosen": float((differ > 0).mean()),
+        "longer_is_chosen_where_it_differs_most": float((most > 0).mean()),  # the quarter with the largest difference
+        "mean_difference": float(longer.mean()),  # tokens
+    }
+
+
+def near_duplicates(train_prompts: Iterable[tuple[str, str]], held_out_prompts: Iterable[tuple[str, str]]) -> dict:
+    """Held-out prompts that are in the training data too, or nearly. Prompts are (id, text)."""
+    wanted = collections.defaultdict(list)  # shingle -> the held-out prompts that have it
+    sizes, ids = [], []
+    for k, (name, text) in enumerate(held_out_prompts):
+        shingles = shingles_of(text)
+        ids.append(name)
+        sizes.append(len(shingles))
+        for shingle in shingles:
+            wanted[shingle].append(k)
+    alike = {}
+    for name, text in train_prompts:
+        hits = collections.Counter(k for shingle in shingles_of(text) for k in wanted.get(shingle, ()))
+        for k, n in hits.items():
+            if n >= ALIKE * sizes[k]:
+                alike.setdefault(k, name)
+    return {
+        "held_out": len(ids),
+        "near_duplicates": len(alike),
+        "pairs": [{"held_out": ids[k], "train": name} for k, name in sorted(alike.items())[:5]],
+    }
+
+
+def shingles_of(text: str) -> set[tuple[str, ...]]:
+    """Every run of SHINGLE words, in lower case; of a shorter text, the text."""
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))} if words else set()
+
+
+def example_of(recipe: Recipe, store: TokenStore, i: int) -> PreferenceExample:
+    """The example that pair i was made of."""
+    row = RawRow(store.name, f"{store.name} pair {i}", str(i), store.source_row(i))
+    (example,) = read_examples([row], schema=recipe.data.schema)
+    return example
+
+
+def prompt_text(recipe: Recipe, store: TokenStore, i: int) -> tuple[str, str]:
+    """(id, what the user says) of pair i."""
+    example = example_of(recipe, store, i)
+    said = (
+        [example.prompt]
+        if isinstance(example.prompt, str)
+        else [m["content"] for m in example.prompt if m["role"] == "user"]
+    )
+    return example.id, "\n".join(said)
+
+
+def _all(store: TokenStore, words: str) -> Iterator[int]:
+    return iter(tqdm(range(len(store)), desc=words, unit=" pairs", disable=None, leave=False))
+
+
+def decoded(tokenizer, pair: PairTokens) -> dict:
+    """A pair as text, in pieces: [text, whether it is scored]."""
+    return {
+        "id": pair.id,
+        "chosen": pieces(tokenizer, pair.prompt, pair.chosen, pair.chosen_mask),
+        "rejected": pieces(tokenizer, pair.prompt, pair.rejected, pair.rejected_mask),
+    }
+
+
+def pieces(tokenizer, prompt: np.ndarray, branch: np.ndarray, mask: np.ndarray) -> list[list]:
+    ids = np.concatenate([prompt, branch])
+    scored = np.concatenate([np.zeros(len(prompt), bool), mask])
+    ends = [*(np.flatnonzero(scored[1:] != scored[:-1]) + 1), len(ids)] if len(branch) else []
+    found, before = [], 0
+    for start, end in zip([0, *ends], ends, strict=False):
+        # Decoded from the beginning: a piece by itself would lose the space before its first word.
+        text = tokenizer.decode(ids[:end])
+        found.append([text[before:], bool(scored[start])])
+        before = len(text)
+    return found
+
+
+def compare_official(recipe: Recipe, tokenizer, store: TokenStore, show: int) -> dict:
+    """What SimPO's and RePO's code would make of the first rows, beside what is made of them here."""
+    ours = token_options(recipe)
+    most = recipe.data.max_prompt_length or round(ours.max_length * 1800 / 2048)  # the recipes' share
+    lengths = {"max_length": ours.max_length, "max_prompt_length": most}
+    official = TokenOptions(
+        **lengths, truncation="official", compat="official", chat_template_kwargs=ours.chat_template_kwargs
+    )
+    examples = first_examples(recipe, store, COMPARED)
+    here, there = (PairTokenizer(tokenizer, options)(examples) for options in (ours, official))
+    both = [(a.pair, b.pair) for a, b in zip(here, there, strict=True) if a.pair is not None and b.pair is not None]
+    refused = [result.message for result in there if result.message]
+    return lengths | {
+        "rows": len(examples),
+        "kept": [sum(result.pair is not None for result in results) for results in (here, there)],
+        "truncated": [sum("truncated" in result.noticed for result in results) for results in (here, there)],
+        "scored_per_answer": [float(np.mean([pair.scored / 2 for pair in side])) for side in zip(*both, strict=True)],
+        "same": sum(_same(*pairs) for pairs in both),
+        "refused": len(refused),
+        "first_refusal": refused[0] if refused else None,
+        "examples": [decoded(tokenizer, result.pair) for result in there if result.pair is not None][:show],
+    }
+
+
+def first_examples(recipe: Recipe, store: TokenStore, n: int) -> list[PreferenceExample]:
+    """The first rows of the training data that can be read; of a store that was given by its folder, those it kept."""
+    dataset = recipe.data.dataset_name or recipe.data.dataset_mixer
+    if isinstance(dataset, str) and is_prepared(pathlib.Path(dataset)):
+        return [example_of(recipe, store, i) for i in range(min(n, len(store)))]
+    source = open_source(dataset, recipe.data.dataset_train_split, config=recipe.data.dataset_config)
+    rows = read_examples(itertools.islice(source.rows(), n), schema=recipe.data.schema)
+    return [row for row in rows if isinstance(row, PreferenceExample)]
+
+
+def _same(pair: PairTokens, other: PairTokens) -> bool:
+    """Whether both have the same ids and score the same of them, wherever the shared prompt ends."""
+
+    def whole(pair: PairTokens) -> list:
+        masks = (np.concatenate([np.zeros(len(pair.prompt), bool), mask]) for mask in pair.masks)
+        return [
+            (np.concatenate([pair.prompt, ids]).tolist(), mask.tolist())
+            for ids, mask in zip(pair.branches, masks, strict=True)
+        ]
+
+    return whole(pair) == whole(other)
+
+
+def what_is_wrong(found: dict) -> list[str]:
+    """What should be mended before training; empty if nothing."""
+    wrong = []
+    for split in ("train", "held_out"):
+        store = found.get(split, {"dropped": {}, "noticed": {}})
+        wrong += [f"{split}: {n} rows dropped as {reason}" for reason, n in store["dropped"].items()]
+        if n := store["noticed"].get("missing_eos"):
+            wrong.append(f"{split}: {n} pairs with an answer that no end token follows")
+    if n := found.get("near_duplicates", {}).get("near_duplicates"):
+        wrong.append(f"{n} held-out prompts are in the training data, or nearly")
+    packing = found["packing"]
+    if packing["recipe_row_length"] is not None and packing["recipe_row_length"] < packing["longest_pair"]:
+        wrong.append(
+            f"row_length={packing['recipe_row_length']} does not hold the longest pair ({packing['longest_pair']} slots)"
+        )
+    return wrong
+
+
+def as_text(found: dict, *, color: bool) -> str:
+    """The inspection for people; scored text is green where color, else in [[ ]]."""
+    lines = []
+    for split in ("train", "held_out"):
+        if split in found:
+            lines += _store_lines(split, found[split])
+    if not found["train"]["pairs"]:
+        return "\n".join([*lines, "nothing is left to train on"])
+    p = found["packing"]
+    lines += [
+        "",
+        "rows",
+        f"  row_length {p['row_length']}, scored_length {p['scored_length']} hold every pair (the longest takes {p['longest_pair']} slots)",
+    ]
+    lines.append(f"  prompts stored once save {p['shared_prompts_save']:.0%} of the tokens ({p['tokens']:,} are left)")
+    lines.append(
+        f"  {p['rows_per_update']:.1f} rows for an update of {p['train_batch_size']} pairs; padding {p['padding_packed']:.1%} "
+        f"(one pair per row: {p['padding_one_pair_per_row']:.1%})"
+    )
+    if "length_balance" in found:
+        b = found["length_balance"]
+        lines += ["", "length and label"]
+        lines.append(
+            f"  the longer answer is the chosen one in {b['longer_is_chosen']:.0%} of the pairs, in "
+            f"{b['longer_is_chosen_where_it_differs_most']:.0%} of the quarter whose lengths differ most; chosen - rejected is "
+            f"{b['mean_difference']:+.1f} tokens on average"
+        )
+    if "near_duplicates" in found:
+        n = found["near_duplicates"]
+        lines += ["", "prompts in both splits", f"  {n['near_duplicates']} of {n['held_out']} held-out prompts"]
+        lines += [f"    {pair['held_out']} is like {pair['train']}" for pair in n["pairs"]]
+    for title, examples in (("ours", found["examples"]), ("official", found.get("official", {}).get("examples", []))):
+        for example in examples:
+            lines += ["", f"{example['id']}, {title}; scored text is {'green' if color else 'in [[ ]]'}"]
+            for side in ("chosen", "rejected"):
+                lines += [f"{side}:", _highlighted(example[side], color)] if example[side] else []
+    if "official" in found:
+        lines += _official_lines(found["official"])
+    lines += ["", *(f"wrong: {line}" for line in found["wrong"])] if found["wrong"] else ["", "nothing is wrong"]
+    return "\n".join(lines)
+
+
+def _store_lines(split: str, store: dict) -> list[str]:
+    lines = [f"{split}: {store['pairs']} pairs of {store['rows']} rows"]
+    if "schema" in store:
+        lines[0] += f" of {store['name']}"
+        columns = f"; optional columns {', '.join(store['columns'])}" if store["columns"] else ""
+        lines.append(f"  schema {store['schema']}{columns}")
+    lines += [f"  {line}" for line in store["counts"]]
+    if "lengths" in store:
+        lines.append(f"  over max_length={store['max_length']} or max_prompt_length: {store['over_length_share']:.1%}")
+        lines.append(f"  {'tokens':<24}{'mean':>9}{'p50':>9}{'p90':>9}{'max':>9}")
+        for name, q in store["lengths"].items():
+            lines.append(f"  {name:<24}{q['mean']:>9.1f}{q['p50']:>9.0f}{q['p90']:>9.0f}{q['max']:>9}")
+    return lines
+
+
+def _official_lines(o: dict) -> list[str]:
+    lines = [
+        "",
+        f"the first {o['rows']} rows{'':<8}{'here':>9}{'official':>10}  (max_prompt_length {o['max_prompt_length']})",
+    ]
+    lines += [f"  {name:<24}{o[name][0]:>9}{o[name][1]:>10}" for name in ("kept", "truncated")]
+    if o["scored_per_answer"]:
+        lines.append("  {:<24}{:>9.1f}{:>10.1f}".format("scored per answer", *o["scored_per_answer"]))
+    lines.append(f"  {o['same']} rows have the same ids and the same scored tokens")
+    if o["refused"]:
+        lines.append(f"  {o['refused']} cannot be written the official way: {o['first_refusal']}")
+    return lines
+
+
+def _highlighted(found: Sequence[list], color: bool) -> str:
+    start, end = ("\x1b[32m", "\x1b[0m") if color else ("[[", "]]")
+    return "".join(f"{start}{text}{end}" if scored else text for text, scored in found)

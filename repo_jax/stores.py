@@ -1,0 +1,98 @@
+"""The token stores a recipe asks for; no jax, so that looking at data opens no devices."""
+
+import functools
+import json
+import pathlib
+
+from repo_jax.config import DataSection, Recipe
+from repo_jax.data import weights
+from repo_jax.data.chat import TokenOptions, load_tokenizer
+from repo_jax.data.sources import has_splits, open_source
+from repo_jax.data.store import TokenStore, is_prepared, open_prepared, open_store
+
+
+def tokenizer_of(recipe: Recipe):
+    """The tokenizer of the recipe's model, with the recipe's chat template and end token."""
+    model = recipe.model
+    return load_tokenizer(model.model_name_or_path, chat_template=model.chat_template, eos_token=model.eos_token)
+
+
+def token_options(recipe: Recipe) -> TokenOptions:
+    """How the recipe wants its data tokenized; its model says how long a pair may be at most."""
+    data, positions = recipe.data, model_positions(recipe.model.model_name_or_path)
+    max_length = data.max_length or positions
+    if max_length is None:
+        raise ValueError(f"'{recipe.model.model_name_or_path}' does not say how many positions it has; give max_length")
+    if positions is not None and max_length > positions:
+        raise ValueError(
+            f"max_length={max_length} but the model has {positions} positions; lower max_length to at most that"
+        )
+    return TokenOptions(
+        max_length=max_length,
+        max_prompt_length=data.max_prompt_length,
+        truncation=data.truncation or ("official" if data.compat == "official" else "drop"),
+        score_header=data.score_header,
+        append_eos=data.append_eos,
+        compat=data.compat,
+        use_poet=data.use_poet,
+        chat_template_kwargs=data.chat_template_kwargs or {},
+    )
+
+
+def model_positions(folder: str) -> int | None:
+    """The longest sequence a checkpoint was built for; None for a folder that holds a tokenizer alone."""
+    file = pathlib.Path(folder) / "config.json"
+    return json.loads(file.read_text(encoding="utf-8")).get("max_position_embeddings") if file.is_file() else None
+
+
+def train_store(recipe: Recipe, tokenizer) -> TokenStore:
+    """The data to train on, prepared on first use. Raises ValueError or FileNotFoundError for what cannot be used."""
+    dataset = recipe.data.dataset_name or recipe.data.dataset_mixer
+    if dataset is None:
+        raise ValueError("recipe.data.dataset_name is not set; give a file of preference pairs, or a data set's name")
+    return open_split(recipe, tokenizer, dataset, recipe.data.dataset_train_split)
+
+
+def held_out_store(recipe: Recipe, tokenizer) -> TokenStore | None:
+    """The data to evaluate on: eval_dataset_name, or the test split of what is trained on; None where there is none."""
+    data = recipe.data
+    split = data.dataset_test_split
+    if data.eval_dataset_name is not None:
+        return open_split(recipe, tokenizer, data.eval_dataset_name, split or "test")
+    if split is None:
+        return None
+    if data.dataset_mixer is not None:
+        whole = {name: 1.0 for name in data.dataset_mixer if has_splits(name)}
+        return open_split(recipe, tokenizer, whole, split) if whole else None
+    if (
+        data.dataset_name is not None
+        and has_splits(data.dataset_name)
+        and not is_prepared(pathlib.Path(data.dataset_name))
+    ):
+        return open_split(recipe, tokenizer, data.dataset_name, split)
+    return None
+
+
+def open_split(recipe: Recipe, tokenizer, dataset: str | dict[str, float], split: str) -> TokenStore:
+    data, options = recipe.data, token_options(recipe)
+    if isinstance(dataset, str) and is_prepared(pathlib.Path(dataset)):
+        store = open_prepared(pathlib.Path(dataset), tokenizer, options)
+    else:
+        source = open_source(dataset, split, config=data.dataset_config)
+        rules = {"schema": data.schema, "on_bad_rows": data.on_bad_rows, "cache_dir": data.cache_dir}
+        store = open_store(source, tokenizer, options, **rules)
+    store.transform = token_weights(data)
+    if store.unpaired and data.ld_alpha is not None:
+        raise ValueError(
+            f"ld_alpha={data.ld_alpha:g} compares two answers, but '{store.name}' is unpaired; leave it out"
+        )
+    return store
+
+
+def token_weights(data: DataSection):
+    """What makes single tokens count differently, or None."""
+    if data.ld_alpha is not None:
+        return functools.partial(weights.ld, alpha=data.ld_alpha)
+    if data.temporal_decay is not None:
+        return functools.partial(weights.temporal_decay, gamma=data.temporal_decay)
+    return None
