@@ -95,11 +95,15 @@ def probe(params: dict, cfg: DecoderConfig, mesh: Mesh, dtype: str) -> np.ndarra
     rng = np.random.default_rng(0)
     length = min(16, cfg.max_positions // 3)
     R = batch_ways(mesh)
-    pairs = [PairTokens(f"probe {i}", "", *rng.integers(cfg.V, size=(3, length), dtype=np.int32)) for i in range(R)]
+    scored = np.ones(length, bool)
+    pairs = [
+        PairTokens(f"probe {i}", "", *rng.integers(cfg.V, size=(3, length), dtype=np.int32), scored, scored)
+        for i in range(R)
+    ]
     batch = row_batches(pairs, RowShape(R, 3 * length, 2 * length))[0]
     with jax.set_mesh(mesh):
-        scored = _fingerprint(params, place(batch, mesh), model=Decoder(cfg, jnp.float32), bits=ROUNDING[dtype])
-    return np.asarray(jax.device_get(scored))
+        means_B2 = _fingerprint(params, place(batch, mesh), model=Decoder(cfg, jnp.float32), bits=ROUNDING[dtype])
+    return np.asarray(jax.device_get(means_B2))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "bits"))

@@ -1,6 +1,7 @@
 """Which data a recipe asks for, and by which rules they are tokenized."""
 
 import dataclasses
+import datetime
 import json
 import shutil
 
@@ -213,6 +214,14 @@ def test_every_token_option_is_a_leaf_of_the_recipe(recipe):
     }
     assert given.keys() == {field.name for field in dataclasses.fields(TokenOptions)}
     assert dataclasses.asdict(token_options(recipe(**given))) == given
+
+
+def test_what_yaml_reads_as_a_date_may_be_given_to_the_template(recipe, splits):
+    # As Llama 3.1's template takes one: {date_string: 2024-07-26}.
+    dated = recipe(dataset_name=splits, chat_template_kwargs={"date_string": datetime.date(2024, 7, 26)})
+    store = train(dated)
+    assert train(dated).key == store.key != train(recipe(dataset_name=splits)).key
+    assert train(dataclasses.replace(dated, data=dataclasses.replace(dated.data, dataset_name=str(store.folder)))).key
 
 
 def test_the_official_way_cuts_officially_unless_told_otherwise(recipe):

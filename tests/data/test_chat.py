@@ -155,8 +155,8 @@ def test_texts_get_the_bos_that_the_tokenizer_adds():
 
 def test_texts_that_begin_with_a_bos_keep_one():
     tokenizer = stories()
-    one, none = (kept(tokenizer, texts(bos + "the cat", " sat", " ran")) for bos in ("<s>", ""))
-    assert wholes(one) == wholes(none)
+    none, one, two = (kept(tokenizer, texts(bos + "the cat", " sat", " ran")) for bos in ("", "<s>", "<s><s>"))
+    assert wholes(one) == wholes(two) == wholes(none)
 
 
 def test_without_a_bos_token_there_is_none():
@@ -649,8 +649,9 @@ def test_a_length_in_the_tokenizers_own_file_neither_cuts_nor_pads(tmp_path):
     tokenizer.backend_tokenizer.enable_padding(length=40)
     tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_bytes((STORIES / "tokenizer_config.json").read_bytes())
-    example = texts("the cat sat", " on the mat", " ran")
-    assert wholes(kept(load_tokenizer(str(tmp_path)), example)) == wholes(kept(stories(), example))
+    example, loaded = texts("the cat sat", " on the mat", " ran"), load_tokenizer(str(tmp_path))
+    assert loaded.backend_tokenizer.truncation is None and loaded.backend_tokenizer.padding is None
+    assert wholes(kept(loaded, example)) == wholes(kept(stories(), example))
 
 
 def test_a_tokenizer_without_offsets_is_refused(tmp_path):
