@@ -226,7 +226,7 @@ def test_what_yaml_reads_as_a_date_may_be_given_to_the_template(recipe, splits):
 
 def test_the_official_way_cuts_officially_unless_told_otherwise(recipe):
     official = {"compat": "official", "max_prompt_length": 100}
-    assert token_options(recipe(**official)).truncation == "official"
+    assert token_options(recipe(**official)) == TokenOptions(max_length=512, truncation="official", **official)
     assert token_options(recipe(**official, truncation="drop")).truncation == "drop"
     assert token_options(recipe(compat="none", max_prompt_length=100)).truncation == "drop"
 

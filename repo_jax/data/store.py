@@ -54,8 +54,10 @@ class TokenStore(Sequence):
             with _naming(folder, folder / name):
                 metadata = json.loads((folder / name).read_bytes())
         with _naming(folder, folder):
-            self._source = tfds.builder_from_directory(folder).as_data_source("pairs")
-            (self._file,) = folder.glob("*.array_record*")
+            builder = tfds.builder_from_directory(folder)
+            self._source = builder.as_data_source("pairs")
+            self._shards = builder.info.splits["pairs"].filepaths
+            self._shard_ends = np.cumsum(builder.info.splits["pairs"].shard_lengths)
         # What is done to every pair that is read (repo_jax.data.weights).
         self.transform: Callable[[PairTokens], PairTokens] | None = None
         with _naming(folder, folder / "metadata.json"):
@@ -105,7 +107,7 @@ class TokenStore(Sequence):
     def _read(self, i: int) -> dict:
         if not 0 <= i < len(self):
             raise IndexError(f"pair {i} of {len(self)}")
-        with _naming(self.folder, self._file):
+        with _naming(self.folder, self._shards[int(np.searchsorted(self._shard_ends, i, side="right"))]):
             return self._source[int(i)]
 
 

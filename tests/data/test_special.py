@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 from examples import STORIES
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from repo_jax.data.special import SpecialTokens
@@ -148,6 +148,39 @@ def test_a_mark_that_a_message_holds_is_not_taken():
     assert special.reveal(special.hide(text, mark), mark) == text
 
 
+def test_text_is_found_and_hidden_however_deep_it_stands():
+    special = SpecialTokens(byte_level())
+    message = {"role": "assistant", "content": "a", "calls": [{"name": "f", "arguments": {"x": ["</s>", 7, None]}}]}
+    mark = special.mark_for([message])
+    assert mark and special.mark_for([{"a": [1, None, {"b": "c"}]}]) == ""
+    hidden = special.hide([message], mark)
+    assert special.search(str(hidden)) is None
+    hidden[0]["calls"][0]["arguments"]["x"][0] = special.reveal(hidden[0]["calls"][0]["arguments"]["x"][0], mark)
+    assert hidden == [message]
+    assert special.mark_for([{"deep": [mark]}, "<s>"]) != mark
+    assert special.hide([message], "") == [message]
+
+
+@pytest.mark.parametrize("given", [[], ["<s>"]], ids=["plain", "marked"])
+def test_what_two_texts_begin_with_ends_between_special_tokens(given):
+    special = SpecialTokens(byte_level())
+    mark = special.mark_for(given)
+
+    def common(one, other):
+        one, other = (special.reveal(text, mark) for text in (one, other))
+        same = special.common_prefix(one, other, mark)
+        assert one.startswith(same) and other.startswith(same)
+        return special.reveal(same, mark)
+
+    assert common("<s>the cat</s>", "<s>the dog</s>") == "<s>the "
+    assert common("the cat<|im_start|>", "the cat<|im_end|>") == "the cat"  # not <|im_
+    assert common("the cat</s>", "the cat<") == "the cat"
+    assert common("the</s>\n", "the</s>") == "the</s>"
+    assert common("<s>", "<s><s>") == "<s>"
+    assert common("", "<s>") == common("a", "b") == ""
+    assert common("</s>a</s>", "</s>a</s>") == "</s>a</s>"
+
+
 def test_without_special_tokens_nothing_is_special():
     backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate("<s>/ ab")}, []))
     special = SpecialTokens(PreTrainedTokenizerFast(tokenizer_object=backend))
@@ -228,6 +261,15 @@ def test_offsets_are_those_of_the_revealed_text(tokenizer):
     assert text[slice(*encoding.offsets[-1])].startswith(mark)
 
 
+def test_offsets_hold_the_white_space_though_a_post_processor_would_trim_it():
+    tokenizer = byte_level()
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    for mark in ("", "\U000f0000"):
+        [encoding] = SpecialTokens(tokenizer).encode(["the cat\n"], [mark])
+        assert [end for _, end in encoding.offsets[:-1]] == [start for start, _ in encoding.offsets[1:]]
+        assert encoding.offsets[-1][1] == len("the cat\n")
+
+
 @KINDS
 def test_the_tokenizer_itself_stays_as_it_was(tokenizer):
     before = tokenizer.backend_tokenizer.to_str()
@@ -236,6 +278,29 @@ def test_the_tokenizer_itself_stays_as_it_was(tokenizer):
     encoded(special, text, mark)
     assert tokenizer.backend_tokenizer.to_str() == before
     assert tokenizer("<s>", add_special_tokens=False).input_ids == [tokenizer.bos_token_id]
+
+
+def test_merges_may_lead_to_a_special_token():
+    vocab = {token: i for i, token in enumerate(["<s>", "<", "s", ">", "a", "<s"])}
+    backend = Tokenizer(models.BPE(vocab, [("<", "s"), ("<s", ">")]))
+    special = SpecialTokens(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>"))
+    text, mark = revealed(special, [("<s>", False), ("a<s>", True)])
+    assert encoded(special, text, mark) == [0, 4, 5, 3]  # <s> a <s >
+
+
+def test_nothing_is_cut_padded_or_put_around_a_text():
+    tokenizer = AutoTokenizer.from_pretrained(STORIES)
+    assert tokenizer("the").input_ids[0] == tokenizer.bos_token_id  # its post-processor's
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    tokenizer.backend_tokenizer.enable_padding(length=50)
+    special = SpecialTokens(tokenizer)
+    plain = AutoTokenizer.from_pretrained(STORIES)("the cat sat", add_special_tokens=False).input_ids
+    assert encoded(special, "the cat sat") == encoded(special, "the cat sat", "\U000f0000") == plain
+
+
+def test_the_ids_of_special_tokens_are_known():
+    tokenizer = byte_level()
+    assert SpecialTokens(tokenizer).ids == {*tokenizer.convert_tokens_to_ids(NAMES)}
 
 
 def test_a_token_that_takes_the_white_space_behind_it_still_does():

@@ -134,6 +134,13 @@ def test_the_store_says_what_it_was_made_of(file, opened):
     assert opened(file([TALK])).schema == "explicit, messages"
 
 
+def test_rows_are_read_by_the_schema_that_is_named(file, opened):
+    rows = [("Once", "Once upon", "Once there")]
+    by_columns, by_name = opened(file(rows)), opened(file(rows), schema="implicit")
+    assert (by_columns.schema, by_name.schema) == ("explicit, texts", "implicit, texts")
+    assert by_name.lengths[0, 1] < by_columns.lengths[0, 1]
+
+
 def test_a_mixture_keeps_the_order_the_schemas_and_the_places_of_its_parts(file, opened):
     first, second = (
         file(PAIRS, "first.jsonl"),
@@ -306,12 +313,13 @@ def test_data_without_rows_are_refused(file, opened):
 # Bad rows
 
 
-def test_a_bad_line_stops_with_its_file_and_line_and_leaves_no_store(file, opened):
+def test_a_bad_line_stops_with_its_file_and_line_and_leaves_no_store(file, opened, tmp_path):
     path = file([*PAIRS, "oops"])
     for _ in range(2):
         with pytest.raises(ValueError) as refused:
             opened(path)
         assert str(refused.value).startswith(f"{path} line 4 is not JSON: ")
+        assert not any(path.is_file() and path.name != "lock" for path in (tmp_path / "cache").rglob("*"))
     assert len(opened(file())) == 3
 
 
@@ -512,6 +520,14 @@ def test_a_damaged_array_record_is_named(damaged, damage):
     assert message.endswith(f"); remove the folder '{folder}' and prepare it anew")
 
 
+@pytest.mark.parametrize("share", [0, 0.3, 0.5, 0.99])
+def test_an_array_record_cut_short_is_found_out_before_its_first_pair_is_asked_for(file, opened, share):
+    path = file([(f"Day {i}", " was fun", f" was bad {i}") for i in range(200)])
+    truncate_to(share)(opened(path))
+    with pytest.raises(DamagedStoreError, match=r"array_record-00000-of-00001' is damaged"):
+        opened(path)
+
+
 @pytest.mark.parametrize("content", [None, b"", b'{"name": "prefer', b"{}"], ids=["gone", "empty", "truncated", "bare"])
 @pytest.mark.parametrize("name", ["dataset_info.json", "features.json", "metadata.json", "array_record"])
 def test_a_damaged_file_beside_it_is_named_or_its_folder_is(damaged, name, content):
@@ -583,6 +599,10 @@ def test_a_store_prepared_by_other_rules_is_refused_with_what_differs(file, open
 def test_only_a_store_is_prepared(file, opened, tmp_path):
     pairs = opened(file())
     assert is_prepared(pairs.folder)
+    for name in ("features.json", array_record(pairs).name):
+        (tmp_path / f"only {name}").mkdir()
+        shutil.copy(pairs.folder / name, tmp_path / f"only {name}")
+        assert not is_prepared(tmp_path / f"only {name}")
     assert not any(map(is_prepared, (tmp_path, pairs.folder.parent, file(), tmp_path / "nowhere", STORIES)))
 
 
@@ -695,3 +715,20 @@ def test_two_processes_that_prepare_at_once_make_one_store(race):
 
 def test_data_need_neither_jax_nor_tensorflow(race):
     assert [lines[-1] for lines in race[0]] == ["imported"] * 2
+
+
+def test_a_store_of_several_files_is_in_order_and_names_the_damaged_one(file, opened, monkeypatch):
+    write = store.PreferenceTokens.download_and_prepare
+    three = tfds.download.DownloadConfig(num_shards=3)
+    monkeypatch.setattr(store.PreferenceTokens, "download_and_prepare", lambda self: write(self, download_config=three))
+    path = file([(f"Day {i}", " was fun", f" was bad {i}") for i in range(200)])
+    pairs = opened(path)
+    shards = sorted(pairs.folder.glob("*.array_record*"))
+    assert len(shards) == 3
+    assert ids(pairs) == [f"row-{i}" for i in range(200)]
+    content = bytearray(shards[1].read_bytes())
+    content[:] = b"\xff" * len(content)
+    shards[1].write_bytes(content)
+    damaged = opened(path)  # its first and last pair lie in the others
+    with pytest.raises(DamagedStoreError, match=r"array_record-00001-of-00003' is damaged"):
+        list(damaged)
