@@ -21,6 +21,9 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         print(f"repo-jax: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read what is printed has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (FloatingPointError, DamagedStoreError) as error:
         print(f"repo-jax: {error}", file=sys.stderr)
         return 1
@@ -135,7 +138,7 @@ def parse(argv: list[str]):
         "inspect", inspect_command, "say what a data set holds, what of it would be scored, and what is wrong"
     )
     add_data_flags(inspect, "preference data (data.dataset_name)")
-    inspect.add_argument("--show", type=int, default=3, metavar="N", help="pairs to print decoded (default: 3)")
+    inspect.add_argument("--show", type=count, default=3, metavar="N", help="pairs to print decoded (default: 3)")
     inspect.add_argument(
         "--compare", choices=["official"], help="what the code released with SimPO and RePO would score instead"
     )
@@ -196,6 +199,12 @@ def add_recipe_flags(parser: argparse.ArgumentParser, taken: frozenset[str] = fr
 
 def default_of(field) -> str:
     return "none, it must be set" if field.default.is_required() else json.dumps(field.default.default)
+
+
+def count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of pairs; give 0 or more")
+    return int(text)
 
 
 def text_value(text: str) -> str | None:

@@ -5,6 +5,7 @@ Leaf names are unique across sections, so that `--learning_rate 1e-6` and `--opt
 
 import dataclasses
 import difflib
+import json
 import os
 import pathlib
 import re
@@ -97,6 +98,16 @@ class DataSection:
     cache_dir: Path = Field("~/.cache/repo_jax", description="where tokenized data sets are kept")
 
     def __post_init__(self):
+        options = self.chat_template_kwargs or {}
+        for name in ("tokenize", "conversation", "add_generation_prompt", "continue_final_message", "chat_template"):
+            if name in options:
+                raise ValueError(f"chat_template_kwargs has '{name}', which is decided here; leave it out")
+        try:
+            json.dumps(options)
+        except TypeError as error:
+            raise ValueError(
+                f"chat_template_kwargs={options!r}: {error}; give texts, numbers, lists and mappings (quote a date)"
+            ) from None
         for one, other in (("dataset_name", "dataset_mixer"), ("ld_alpha", "temporal_decay"), ("use_poet", "ld_alpha")):
             given = getattr(self, one)
             if given is not None and given is not False and getattr(self, other) is not None:

@@ -15,12 +15,13 @@ from repo_jax.data.chat import PairTokenizer, TokenOptions
 from repo_jax.data.rows import pack, suggest_row_length, suggest_scored_length
 from repo_jax.data.schema import PairTokens, PreferenceExample, read_examples
 from repo_jax.data.sources import RawRow, open_source
-from repo_jax.data.store import DROPPED, NothingLeftError, TokenStore, count_lines, is_prepared
+from repo_jax.data.store import NothingLeftError, TokenStore, is_prepared
 from repo_jax.stores import held_out_store, token_options, tokenizer_of, train_store
 
 BATCHES = 20  # so many updates are packed to see what their rows look like
 COMPARED = 1000  # so many pairs are tokenized the official way too
 SHINGLE = 8  # words in a row that two prompts may share
+COMMON, COMMON_SHARE = 20, 0.01  # a shingle of more held-out prompts than either of these is common
 ALIKE = 0.8  # a held-out prompt with this share of its shingles in one training prompt is a near-duplicate
 
 
@@ -30,30 +31,26 @@ def inspect(recipe: Recipe, *, show: int = 3, compare: str | None = None) -> dic
     show: how many of the first pairs are decoded; compare="official": what the code released with SimPO and RePO would score
     instead. Raises ValueError or FileNotFoundError for what cannot be inspected.
     """
-    tokenizer = tokenizer_of(recipe)
-    try:
-        train = train_store(recipe, tokenizer)
-    except NothingLeftError as nothing:
-        lines = count_lines(nothing.rows, nothing.dropped, nothing.named, DROPPED, "dropped")
-        return {
-            "train": {"rows": nothing.rows, "pairs": 0, "dropped": nothing.dropped, "counts": lines},
-            "wrong": lines,
-        }
-    held_out = held_out_store(recipe, tokenizer)
-    found = {"train": describe_store(train)}
-    if held_out is not None:
-        found["held_out"] = describe_store(held_out)
-    found["packing"] = describe_packing(recipe, train)
-    if not train.unpaired:
-        found["length_balance"] = length_balance(train)
-    if held_out is not None:
-        found["near_duplicates"] = near_duplicates(
-            [prompt_text(recipe, train, i) for i in _all(train, "reading training prompts")],
-            [prompt_text(recipe, held_out, i) for i in _all(held_out, "reading held-out prompts")],
-        )
-    found["examples"] = [decoded(tokenizer, train[i]) for i in range(min(show, len(train)))]
-    if compare == "official":
-        found["official"] = compare_official(recipe, tokenizer, train, show)
+    tokenizer, found, stores = tokenizer_of(recipe), {}, {}
+    for split, open_it in (("train", train_store), ("held_out", held_out_store)):
+        try:
+            store = open_it(recipe, tokenizer)
+        except NothingLeftError as nothing:
+            found[split] = {"name": nothing.name, "rows": nothing.rows, "pairs": 0, "dropped": nothing.dropped}
+            found[split] |= {"noticed": {}, "counts": nothing.counts}
+            continue
+        if store is not None:
+            found[split], stores[split] = describe_store(store), store
+    train, held_out = stores.get("train"), stores.get("held_out")
+    if train is not None:
+        found["packing"] = describe_packing(recipe, train, list(stores.values()))
+        if not train.unpaired:
+            found["length_balance"] = length_balance(train)
+        if held_out is not None:
+            found["near_duplicates"] = near_duplicates(prompt_texts(train), prompt_texts(held_out))
+        found["examples"] = [decoded(tokenizer, train[i]) for i in range(min(show, len(train)))]
+        if compare == "official":
+            found["official"] = compare_official(recipe, tokenizer, train, show)
     found["wrong"] = what_is_wrong(found)
     return found
 
@@ -85,12 +82,13 @@ def quantiles(tokens: np.ndarray) -> dict[str, float]:
     return {"mean": float(tokens.mean()), "p50": float(p50), "p90": float(p90), "max": int(tokens.max())}
 
 
-def describe_packing(recipe: Recipe, store: TokenStore) -> dict:
-    """The row shape that holds every pair, and what packing and shared prompts save with it."""
+def describe_packing(recipe: Recipe, store: TokenStore, stores: list[TokenStore]) -> dict:
+    """The row shape that holds every pair of all stores, and what packing and shared prompts save on the one trained on."""
     B = min(recipe.optim.train_batch_size, len(store))
-    longest, scored = int(store.slots.max()), store.scored.sum(axis=1)
-    T = max(recipe.data.row_length or 0, suggest_row_length(store.slots))
-    S = suggest_scored_length(store.slots, scored, T)
+    every = [np.concatenate(sizes) for sizes in zip(*((s.slots, s.scored.sum(axis=1)) for s in stores), strict=True)]
+    scored = store.scored.sum(axis=1)
+    T = max(recipe.data.row_length or 0, suggest_row_length(every[0]))
+    S = suggest_scored_length(*every, T)
     used, rows, pairs = 0, 0, 0
     for step in range(min(BATCHES, steps_per_epoch(len(store), B))):
         batch = batch_indices(step, pairs=len(store), train_batch_size=B, seed=recipe.run.seed)
@@ -100,7 +98,7 @@ def describe_packing(recipe: Recipe, store: TokenStore) -> dict:
     return {
         "row_length": T,
         "scored_length": S,
-        "longest_pair": longest,
+        "longest_pair": int(every[0].max()),
         "recipe_row_length": recipe.data.row_length,
         "train_batch_size": B,
         "rows_per_update": rows / (pairs / B),
@@ -111,12 +109,12 @@ def describe_packing(recipe: Recipe, store: TokenStore) -> dict:
     }
 
 
-def length_balance(store: TokenStore) -> dict[str, float]:
+def length_balance(store: TokenStore) -> dict[str, float] | None:
     """How far the labels follow length: the share of pairs, of those that differ, whose longer answer is the chosen one."""
     longer = store.scored[:, 0] - store.scored[:, 1]
     differ = longer[longer != 0]
     if not len(differ):
-        return {"longer_is_chosen": 0.5, "longer_is_chosen_where_it_differs_most": 0.5, "mean_difference": 0.0}
+        return None
     most = differ[np.abs(differ) >= np.quantile(np.abs(differ), 0.75)]
     return {
         "longer_is_chosen": float((differ > 0).mean()),
@@ -126,21 +124,25 @@ def length_balance(store: TokenStore) -> dict[str, float]:
 
 
 def near_duplicates(train_prompts: Iterable[tuple[str, str]], held_out_prompts: Iterable[tuple[str, str]]) -> dict:
-    """Held-out prompts that are in the training data too, or nearly. Prompts are (id, text)."""
-    wanted = collections.defaultdict(list)  # shingle -> the held-out prompts that have it
-    sizes, ids = [], []
+    """Held-out prompts that are in the training data too, or nearly. Prompts are (id, text).
+
+    Runs of words that many held-out prompts share, such as an instruction around each, tell nothing and are left out.
+    """
+    ids, exact, wanted = [], collections.defaultdict(list), collections.defaultdict(list)  # text, or shingle -> prompts
     for k, (name, text) in enumerate(held_out_prompts):
-        shingles = shingles_of(text)
         ids.append(name)
-        sizes.append(len(shingles))
-        for shingle in shingles:
+        exact[normal(text)].append(k)
+        for shingle in shingles_of(text):
             wanted[shingle].append(k)
+    common = max(COMMON, COMMON_SHARE * len(ids))
+    wanted = {shingle: prompts for shingle, prompts in wanted.items() if len(prompts) <= common}
+    sizes = collections.Counter(k for prompts in wanted.values() for k in prompts)
     alike = {}
     for name, text in train_prompts:
         hits = collections.Counter(k for shingle in shingles_of(text) for k in wanted.get(shingle, ()))
-        for k, n in hits.items():
-            if n >= ALIKE * sizes[k]:
-                alike.setdefault(k, name)
+        near = [k for k, n in hits.items() if n >= ALIKE * sizes[k]]
+        for k in [*near, *exact.get(normal(text), ())]:
+            alike.setdefault(k, name)
     return {
         "held_out": len(ids),
         "near_duplicates": len(alike),
@@ -148,32 +150,34 @@ def near_duplicates(train_prompts: Iterable[tuple[str, str]], held_out_prompts: 
     }
 
 
-def shingles_of(text: str) -> set[tuple[str, ...]]:
-    """Every run of SHINGLE words, in lower case; of a shorter text, the text."""
+def normal(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def shingles_of(text: str) -> set[int]:
+    """Every run of SHINGLE words, in lower case, as a number; of a shorter text, the text."""
     words = re.findall(r"\w+", text.lower())
-    return {tuple(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))} if words else set()
+    return {hash(tuple(words[i : i + SHINGLE])) for i in range(max(1, len(words) - SHINGLE + 1))} if words else set()
 
 
-def example_of(recipe: Recipe, store: TokenStore, i: int) -> PreferenceExample:
+def example_of(store: TokenStore, i: int) -> PreferenceExample:
     """The example that pair i was made of."""
-    row = RawRow(store.name, f"{store.name} pair {i}", str(i), store.source_row(i))
-    (example,) = read_examples([row], schema=recipe.data.schema)
+    name, row = store.source_row(i)
+    for schema in store.schemas:  # of a mixture, the first that fits
+        (example,) = read_examples([RawRow(store.name, f"{store.name} pair {i}", name, row)], schema=schema)
+        if isinstance(example, PreferenceExample):
+            break
     return example
 
 
-def prompt_text(recipe: Recipe, store: TokenStore, i: int) -> tuple[str, str]:
-    """(id, what the user says) of pair i."""
-    example = example_of(recipe, store, i)
-    said = (
-        [example.prompt]
-        if isinstance(example.prompt, str)
-        else [m["content"] for m in example.prompt if m["role"] == "user"]
-    )
-    return example.id, "\n".join(said)
-
-
-def _all(store: TokenStore, words: str) -> Iterator[int]:
-    return iter(tqdm(range(len(store)), desc=words, unit=" pairs", disable=None, leave=False))
+def prompt_texts(store: TokenStore) -> Iterator[tuple[str, str]]:
+    """(id, what the user says) of every pair."""
+    for i in tqdm(range(len(store)), desc="reading prompts", unit=" pairs", disable=None, leave=False):
+        example = example_of(store, i)
+        said = example.prompt
+        if example.conversational:
+            said = "\n".join(message["content"] for message in said if message["role"] == "user")
+        yield example.id, said
 
 
 def decoded(tokenizer, pair: PairTokens) -> dict:
@@ -200,7 +204,7 @@ def pieces(tokenizer, prompt: np.ndarray, branch: np.ndarray, mask: np.ndarray) 
 
 def compare_official(recipe: Recipe, tokenizer, store: TokenStore, show: int) -> dict:
     """What SimPO's and RePO's code would make of the first rows, beside what is made of them here."""
-    ours = token_options(recipe)
+    ours = token_options(recipe, training=True)
     most = recipe.data.max_prompt_length or round(ours.max_length * 1800 / 2048)  # the recipes' share
     lengths = {"max_length": ours.max_length, "max_prompt_length": most}
     official = TokenOptions(
@@ -214,7 +218,10 @@ def compare_official(recipe: Recipe, tokenizer, store: TokenStore, show: int) ->
         "rows": len(examples),
         "kept": [sum(result.pair is not None for result in results) for results in (here, there)],
         "truncated": [sum("truncated" in result.noticed for result in results) for results in (here, there)],
-        "scored_per_answer": [float(np.mean([pair.scored / 2 for pair in side])) for side in zip(*both, strict=True)],
+        "scored_per_answer": [
+            float(np.mean([mask.sum() for pair in side for mask in pair.masks if len(mask)]))
+            for side in zip(*both, strict=True)
+        ],
         "same": sum(_same(*pairs) for pairs in both),
         "refused": len(refused),
         "first_refusal": refused[0] if refused else None,
@@ -226,7 +233,7 @@ def first_examples(recipe: Recipe, store: TokenStore, n: int) -> list[Preference
     """The first rows of the training data that can be read; of a store that was given by its folder, those it kept."""
     dataset = recipe.data.dataset_name or recipe.data.dataset_mixer
     if isinstance(dataset, str) and is_prepared(pathlib.Path(dataset)):
-        return [example_of(recipe, store, i) for i in range(min(n, len(store)))]
+        return [example_of(store, i) for i in range(min(n, len(store)))]
     source = open_source(dataset, recipe.data.dataset_train_split, config=recipe.data.dataset_config)
     rows = read_examples(itertools.islice(source.rows(), n), schema=recipe.data.schema)
     return [row for row in rows if isinstance(row, PreferenceExample)]
@@ -249,13 +256,17 @@ def what_is_wrong(found: dict) -> list[str]:
     """What should be mended before training; empty if nothing."""
     wrong = []
     for split in ("train", "held_out"):
-        store = found.get(split, {"dropped": {}, "noticed": {}})
+        store = found.get(split)
+        if store is None:
+            continue
         wrong += [f"{split}: {n} rows dropped as {reason}" for reason, n in store["dropped"].items()]
         if n := store["noticed"].get("missing_eos"):
             wrong.append(f"{split}: {n} pairs with an answer that no end token follows")
+        if not store["pairs"]:
+            wrong.append(f"{split}: nothing is left")
     if n := found.get("near_duplicates", {}).get("near_duplicates"):
         wrong.append(f"{n} held-out prompts are in the training data, or nearly")
-    packing = found["packing"]
+    packing = found.get("packing", {"recipe_row_length": None})
     if packing["recipe_row_length"] is not None and packing["recipe_row_length"] < packing["longest_pair"]:
         wrong.append(
             f"row_length={packing['recipe_row_length']} does not hold the longest pair ({packing['longest_pair']} slots)"
@@ -269,20 +280,9 @@ def as_text(found: dict, *, color: bool) -> str:
     for split in ("train", "held_out"):
         if split in found:
             lines += _store_lines(split, found[split])
-    if not found["train"]["pairs"]:
-        return "\n".join([*lines, "nothing is left to train on"])
-    p = found["packing"]
-    lines += [
-        "",
-        "rows",
-        f"  row_length {p['row_length']}, scored_length {p['scored_length']} hold every pair (the longest takes {p['longest_pair']} slots)",
-    ]
-    lines.append(f"  prompts stored once save {p['shared_prompts_save']:.0%} of the tokens ({p['tokens']:,} are left)")
-    lines.append(
-        f"  {p['rows_per_update']:.1f} rows for an update of {p['train_batch_size']} pairs; padding {p['padding_packed']:.1%} "
-        f"(one pair per row: {p['padding_one_pair_per_row']:.1%})"
-    )
-    if "length_balance" in found:
+    if "packing" in found:
+        lines += _packing_lines(found["packing"])
+    if found.get("length_balance"):
         b = found["length_balance"]
         lines += ["", "length and label"]
         lines.append(
@@ -294,7 +294,10 @@ def as_text(found: dict, *, color: bool) -> str:
         n = found["near_duplicates"]
         lines += ["", "prompts in both splits", f"  {n['near_duplicates']} of {n['held_out']} held-out prompts"]
         lines += [f"    {pair['held_out']} is like {pair['train']}" for pair in n["pairs"]]
-    for title, examples in (("ours", found["examples"]), ("official", found.get("official", {}).get("examples", []))):
+    for title, examples in (
+        ("ours", found.get("examples", [])),
+        ("official", found.get("official", {}).get("examples", [])),
+    ):
         for example in examples:
             lines += ["", f"{example['id']}, {title}; scored text is {'green' if color else 'in [[ ]]'}"]
             for side in ("chosen", "rejected"):
@@ -305,10 +308,20 @@ def as_text(found: dict, *, color: bool) -> str:
     return "\n".join(lines)
 
 
+def _packing_lines(p: dict) -> list[str]:
+    return [
+        "",
+        "rows",
+        f"  row_length {p['row_length']}, scored_length {p['scored_length']} hold every pair (the longest takes {p['longest_pair']} slots)",
+        f"  prompts stored once save {p['shared_prompts_save']:.0%} of the tokens ({p['tokens']:,} are left)",
+        f"  {p['rows_per_update']:.1f} rows for an update of {p['train_batch_size']} pairs; padding {p['padding_packed']:.1%} "
+        f"(one pair per row: {p['padding_one_pair_per_row']:.1%})",
+    ]
+
+
 def _store_lines(split: str, store: dict) -> list[str]:
-    lines = [f"{split}: {store['pairs']} pairs of {store['rows']} rows"]
+    lines = [f"{split}: {store['pairs']} pairs of {store['rows']} rows of {store['name']}"]
     if "schema" in store:
-        lines[0] += f" of {store['name']}"
         columns = f"; optional columns {', '.join(store['columns'])}" if store["columns"] else ""
         lines.append(f"  schema {store['schema']}{columns}")
     lines += [f"  {line}" for line in store["counts"]]

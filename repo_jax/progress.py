@@ -12,12 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from repo_jax.config import DataSection
 from repo_jax.data.batches import steps_per_epoch
 from repo_jax.data.schema import PairTokens
 from repo_jax.evaluation import Evaluation
 from repo_jax.optimizer import learning_rate
 from repo_jax.preparation import Setup
 from repo_jax.run_folder import read_metrics, write_whole
+
+# The data options that decide what is scored, and so what a number means.
+TOKEN_OPTIONS = (
+    *("compat", "score_header", "append_eos", "truncation", "max_length", "max_prompt_length"),
+    *("use_poet", "ld_alpha", "temporal_decay", "chat_template_kwargs"),
+)
 
 
 class Log:
@@ -112,6 +119,10 @@ def describe(setup: Setup) -> str:
         if store is not None:
             lines.append(f"{name}: {len(store)} pairs of {store.name} ({store.schema})")
             lines += [f"  {line}" for line in store.counts()]
+    data, usual = recipe.data, DataSection()
+    options = [f"{name} {getattr(data, name)}" for name in TOKEN_OPTIONS if getattr(data, name) != getattr(usual, name)]
+    if options:
+        lines.append(f"tokens: {', '.join(options)}")
     R, T, S = setup.shape
     mesh = " x ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
     lines.append(

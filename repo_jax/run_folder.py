@@ -15,7 +15,7 @@ from repo_jax.preparation import Setup
 
 # What may change when a run goes on: where and how it computes, not what.
 FREE = {
-    "data": {"row_length", "scored_length", "rows_per_device", "cache_dir"},
+    "data": {"row_length", "scored_length", "rows_per_device", "cache_dir", "on_bad_rows"},
     "optim": {"mode"},
     "model": {"remat"},
     "mesh": {"data", "fsdp", "tensor"},

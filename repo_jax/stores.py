@@ -17,7 +17,7 @@ def tokenizer_of(recipe: Recipe):
     return load_tokenizer(model.model_name_or_path, chat_template=model.chat_template, eos_token=model.eos_token)
 
 
-def token_options(recipe: Recipe) -> TokenOptions:
+def token_options(recipe: Recipe, *, training: bool) -> TokenOptions:
     """How the recipe wants its data tokenized; its model says how long a pair may be at most."""
     data, positions = recipe.data, model_positions(recipe.model.model_name_or_path)
     max_length = data.max_length or positions
@@ -34,7 +34,8 @@ def token_options(recipe: Recipe) -> TokenOptions:
         score_header=data.score_header,
         append_eos=data.append_eos,
         compat=data.compat,
-        use_poet=data.use_poet,
+        # What a loss is to look at is not what a model is measured by: held-out answers are scored whole.
+        use_poet=data.use_poet and training,
         chat_template_kwargs=data.chat_template_kwargs or {},
     )
 
@@ -50,47 +51,58 @@ def train_store(recipe: Recipe, tokenizer) -> TokenStore:
     dataset = recipe.data.dataset_name or recipe.data.dataset_mixer
     if dataset is None:
         raise ValueError("recipe.data.dataset_name is not set; give a file of preference pairs, or a data set's name")
-    return open_split(recipe, tokenizer, dataset, recipe.data.dataset_train_split)
-
-
-def held_out_store(recipe: Recipe, tokenizer) -> TokenStore | None:
-    """The data to evaluate on: eval_dataset_name, or the test split of what is trained on; None where there is none."""
-    data = recipe.data
-    split = data.dataset_test_split
-    if data.eval_dataset_name is not None:
-        return open_split(recipe, tokenizer, data.eval_dataset_name, split or "test")
-    if split is None:
-        return None
-    if data.dataset_mixer is not None:
-        whole = {name: 1.0 for name in data.dataset_mixer if has_splits(name)}
-        return open_split(recipe, tokenizer, whole, split) if whole else None
-    if (
-        data.dataset_name is not None
-        and has_splits(data.dataset_name)
-        and not is_prepared(pathlib.Path(data.dataset_name))
-    ):
-        return open_split(recipe, tokenizer, data.dataset_name, split)
-    return None
-
-
-def open_split(recipe: Recipe, tokenizer, dataset: str | dict[str, float], split: str) -> TokenStore:
-    data, options = recipe.data, token_options(recipe)
-    if isinstance(dataset, str) and is_prepared(pathlib.Path(dataset)):
-        store = open_prepared(pathlib.Path(dataset), tokenizer, options)
-    else:
-        source = open_source(dataset, split, config=data.dataset_config)
-        rules = {"schema": data.schema, "on_bad_rows": data.on_bad_rows, "cache_dir": data.cache_dir}
-        store = open_store(source, tokenizer, options, **rules)
-    store.transform = token_weights(data)
-    if store.unpaired and data.ld_alpha is not None:
+    store = _open(recipe, tokenizer, dataset, recipe.data.dataset_train_split, training=True)
+    if store.unpaired and recipe.data.ld_alpha is not None:
         raise ValueError(
-            f"ld_alpha={data.ld_alpha:g} compares two answers, but '{store.name}' is unpaired; leave it out"
+            f"ld_alpha={recipe.data.ld_alpha:g} compares two answers, but '{store.name}' is unpaired; leave it out"
         )
     return store
 
 
-def token_weights(data: DataSection):
-    """What makes single tokens count differently, or None."""
+def held_out_store(recipe: Recipe, tokenizer) -> TokenStore | None:
+    """The data to evaluate on: eval_dataset_name, or the test split of what is trained on; None where there is none.
+
+    Its tokens count as they are, whatever use_poet, ld_alpha or temporal_decay make of those that are trained on.
+    """
+    data, split = recipe.data, recipe.data.dataset_test_split
+    if data.eval_dataset_name is not None:
+        return _open(recipe, tokenizer, data.eval_dataset_name, split or "test", training=False)
+    names = list(data.dataset_mixer or [data.dataset_name] * (data.dataset_name is not None))
+    names = [name for name in names if has_splits(name) and not is_prepared(pathlib.Path(name))]
+    if split is None or not names:
+        return None
+    whole = dict.fromkeys(names, 1.0) if data.dataset_mixer else names[0]
+    try:
+        return _open(recipe, tokenizer, whole, split, training=False)
+    except FileNotFoundError as error:
+        said = "or set dataset_test_split to the split to evaluate on, or to null for none"
+        raise FileNotFoundError(f"{error}; {said}") from None
+
+
+def _open(recipe: Recipe, tokenizer, dataset: str | dict[str, float], split: str, *, training: bool) -> TokenStore:
+    data, options = recipe.data, token_options(recipe, training=training)
+    transform = _token_weights(data) if training else None
+    prepared = [
+        name for name in ([dataset] if isinstance(dataset, str) else dataset) if is_prepared(pathlib.Path(name))
+    ]
+    if not prepared:
+        source = open_source(dataset, split, config=data.dataset_config)
+        rules = {"schema": data.schema, "on_bad_rows": data.on_bad_rows, "cache_dir": data.cache_dir}
+        return open_store(source, tokenizer, options, transform=transform, **rules)
+    given = {
+        "a slice": "[" in split,
+        "schema": data.schema != "auto",
+        "dataset_config": data.dataset_config is not None,
+    }
+    given["dataset_mixer"] = not isinstance(dataset, str)
+    if any(given.values()):
+        refused = ", ".join(name for name in given if given[name])
+        raise ValueError(f"'{prepared[0]}' is prepared already, whole and by itself; leave out {refused}")
+    return open_prepared(pathlib.Path(dataset), tokenizer, options, transform=transform)
+
+
+def _token_weights(data: DataSection):
+    """What makes single tokens count differently in training, or None."""
     if data.ld_alpha is not None:
         return functools.partial(weights.ld, alpha=data.ld_alpha)
     if data.temporal_decay is not None:

@@ -211,7 +211,7 @@ def test_a_damaged_store_ends_a_command_with_1(recipe, tmp_path, capsys):
 def test_data_of_which_nothing_is_left_are_answered(recipe, refusal):
     said = refusal("train", recipe, "--max_length", "5")
     assert said.startswith(
-        f"no pair of {ASSETS / 'preferences' / 'train.jsonl'} can be used (600 pairs over max_length"
+        f"no pair of {ASSETS / 'preferences' / 'train.jsonl'} can be used (600 of 600 rows dropped (100.0%), pairs over max_length"
     )
 
 
@@ -229,7 +229,7 @@ def test_a_pair_longer_than_a_row_is_answered(recipe, refusal):
     said = refusal("train", recipe, "--row_length", "100")
     assert re.fullmatch(
         r"pair '.+' \(.+ line \d+\) takes \d+ slots \(prompt \d+ \+ chosen \d+ \+ rejected \d+\) but row_length is 100; "
-        r"raise row_length to \d+, or lower max_length below \d+ to drop such pairs",
+        r"raise row_length to \d+, or lower max_length below \d+ to drop or cut such pairs",
         said,
     )
 

@@ -167,6 +167,9 @@ MISTAKES = {
     "optim: {max_steps: 1.5}": "recipe.optim.max_steps=1.5; wanted a valid integer, got a number with a fractional part",
     "run: {output_dir: 2024}": "recipe.run.output_dir=2024; wanted a valid string",
     "data: {max_length: []}": "recipe.data.max_length=[]; wanted a valid integer",
+    "data: {chat_template_kwargs: {date_string: 2024-07-26}}": "chat_template_kwargs={'date_string': datetime.date(2024, 7, 26)}: Object of type date is not JSON serializable; give texts, numbers, lists and mappings (quote a date)",
+    "data: {chat_template_kwargs: {add_generation_prompt: true}}": "chat_template_kwargs has 'add_generation_prompt', which is decided here; leave it out",
+    "data: {chat_template_kwargs: {tokenize: true}}": "chat_template_kwargs has 'tokenize', which is decided here; leave it out",
     # sections
     "optim: 1e-6": "recipe.optim=1e-06; wanted a section, `optim:` with its fields indented below",
     "loss: repo": "recipe.loss='repo'; wanted a section, `loss:` with its fields indented below",

@@ -103,7 +103,8 @@ def test_the_rows_that_nobody_should_train_on_are_all_caught(recipe):
     assert found["train"]["rows"] == 7
     assert found["train"]["pairs"] == 0
     assert found["train"]["dropped"] == {"identical": 5, "empty": 2}
-    named = " ".join(found["wrong"])
+    assert "train: nothing is left" in found["wrong"]
+    named = " ".join(found["train"]["counts"])
     for number in (35635, 7618, 14571, 28230, 16242, 44516, 1039):
         assert f"ultrafeedback:{number}" in named
 
@@ -111,7 +112,7 @@ def test_the_rows_that_nobody_should_train_on_are_all_caught(recipe):
 def test_strict_exits_with_1_when_something_is_wrong(cache, tmp_path, capsys):
     assert main(command(cache, "--data", EDGE)) == 0
     assert main(command(cache, "--data", EDGE, "--strict")) == 1
-    assert "nothing is left to train on" in capsys.readouterr().out
+    assert "wrong: train: nothing is left" in capsys.readouterr().out
     good = ASSETS / "preferences" / "test.jsonl"
     assert main(command(cache, "--data", good, "--strict", "--show", 0, "--row_length", "null")) == 0
     assert capsys.readouterr().out.rstrip().endswith("nothing is wrong")
@@ -144,10 +145,59 @@ def test_length_balance_counts_whose_longer_answer_is_chosen():
     }
 
 
-def test_answers_of_equal_length_teach_nothing_of_length():
+def test_answers_of_equal_length_say_nothing_of_length():
     store = object.__new__(TokenStore)
     store.scored = np.array([[5, 5], [4, 4]])
-    assert length_balance(store)["longer_is_chosen"] == 0.5
+    assert length_balance(store) is None
+
+
+def test_no_rows_are_wrong(recipe, tmp_path):
+    found = inspect(recipe(**{"data.dataset_name": str(write(tmp_path / "none.jsonl", []))}))
+    assert found["wrong"] == ["train: nothing is left"]
+    assert "train: 0 pairs of 0 rows" in as_text(found, color=False)
+
+
+def test_of_a_held_out_split_nothing_may_be_left(recipe, tmp_path):
+    row = {"prompt": said("user", "Why?"), "chosen": said("assistant", "Yes"), "rejected": said("assistant", "No")}
+    write(tmp_path / "train.jsonl", [row])
+    write(tmp_path / "test.jsonl", [row | {"chosen": row["rejected"]}])
+    found = inspect(recipe(**{"data.dataset_name": str(tmp_path), "optim.train_batch_size": 1}), show=0)
+    assert found["wrong"] == ["held_out: 1 rows dropped as identical", "held_out: nothing is left"]
+    assert found["packing"]["rows_per_update"] == 1
+
+
+def test_rows_hold_the_held_out_pairs_too(recipe, tmp_path):
+    row = {"prompt": said("user", "Why?"), "chosen": said("assistant", "Yes"), "rejected": said("assistant", "No")}
+    write(tmp_path / "train.jsonl", [row])
+    write(tmp_path / "test.jsonl", [row | {"chosen": said("assistant", "Because it is so. " * 15)}])
+    chosen = recipe(**{"data.dataset_name": str(tmp_path), "optim.train_batch_size": 1, "data.row_length": 128})
+    found = inspect(chosen, show=0)
+    longest = int(held_out_store(chosen, tokenizer_of(chosen)).slots.max())
+    assert longest > 128
+    assert found["packing"]["row_length"] >= found["packing"]["longest_pair"] == longest
+    assert f"row_length=128 does not hold the longest pair ({longest} slots)" in found["wrong"]
+
+
+def test_a_row_that_looks_like_another_schema_is_read_as_its_store_was(recipe, tmp_path):
+    rows = [{"prompt": f"Day {i}", "chosen": " was fun", "rejected": " was bad"} for i in range(9)]
+    rows.append({"prompt": "Go", "chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"})
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.jsonl", [row | {"split": split} for row in rows])
+    found = inspect(recipe(**{"data.dataset_name": str(tmp_path), "optim.train_batch_size": 1}), show=0)
+    assert found["near_duplicates"] == {
+        "held_out": 10,
+        "near_duplicates": 10,
+        "pairs": [{"held_out": f"test.jsonl:{i}", "train": f"train.jsonl:{i}"} for i in range(1, 6)],
+    }
+
+
+def test_why_the_first_row_was_refused_is_said(recipe):
+    broken = recipe(**{"model.chat_template": "{{ 1 / 0 }}", "data.on_bad_rows": "skip"})
+    (line,) = inspect(broken, show=0)["train"]["counts"]
+    assert line.startswith(
+        "warning: 600 of 600 rows dropped (100.0%), conversations that the chat template refuses to write: "
+    )
+    assert line.endswith("line 1: the chat template cannot write this conversation (division by zero))")
 
 
 # Prompts in both splits
@@ -164,6 +214,7 @@ LONG = "the quick brown fox jumps over the lazy dog while nine more foxes look o
         ("What is two plus two?", True),
         ("What is two plus three?", False),
         (LONG[:40] + " and so to bed " + LONG[40:], False),
+        ("😀😀", True),
         ("", False),
     ],
 )
@@ -172,10 +223,21 @@ def test_near_duplicates_share_most_of_their_runs_of_words(held_out, alike):
         ("a", "Something else entirely, of more than eight words, to be sure"),
         ("b", LONG),
         ("c", "what is two plus two"),
+        ("d", " 😀😀 "),
     ]
     found = near_duplicates(train, [("h", held_out)])
     assert found["near_duplicates"] == int(alike)
     assert [pair["held_out"] for pair in found["pairs"]] == ["h"] * alike
+
+
+def test_words_around_every_prompt_make_no_duplicates():
+    around = (
+        "Below is an instruction that describes a task. Write a response that completes the request. Instruction: {}"
+    )
+    train = [(f"t{i}", around.format(f"number {i}")) for i in range(300)]
+    held_out = [(f"h{i}", around.format(f"letter {i}")) for i in range(100)] + [("again", around.format("number 7"))]
+    found = near_duplicates(train, held_out)
+    assert found["pairs"] == [{"held_out": "again", "train": "t7"}]
 
 
 def test_near_duplicates_between_the_splits_of_a_folder_are_wrong(recipe, tmp_path):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import types
 
@@ -5,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 from examples import STORIES
 
-from repo_jax.config import OptimSection, RunSection, to_recipe
+from repo_jax.config import DataSection, OptimSection, RunSection, to_recipe
 from repo_jax.data.chat import TokenOptions, load_tokenizer
 from repo_jax.data.rows import RowShape
 from repo_jax.data.sources import open_source
@@ -92,5 +93,8 @@ def test_a_run_is_described_with_what_became_of_every_row(tmp_path):
         f"held-out: 1 pairs of {tmp_path / 'test.jsonl'} (explicit, texts)",
         "3 updates of 2 pairs, 4 rows of 128 slots (64 scored) at a time, on data 1 x fsdp 8",
     ]
+    data = DataSection(truncation="keep_end", max_length=64, use_poet=True, dataset_name="a.jsonl", row_length=128)
+    setup.recipe = dataclasses.replace(setup.recipe, data=data)
+    assert describe(setup).splitlines()[-2] == "tokens: truncation keep_end, max_length 64, use_poet True"
     setup.held_out = None
     assert not any(line.startswith("held-out") for line in describe(setup).splitlines())

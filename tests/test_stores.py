@@ -1,7 +1,6 @@
 """Which data a recipe asks for, and by which rules they are tokenized."""
 
 import dataclasses
-import datetime
 import json
 import shutil
 
@@ -54,6 +53,10 @@ def splits(write, tmp_path):
 
 def train(recipe):
     return train_store(recipe, tokenizer_of(recipe))
+
+
+def options_of(recipe, training=True):
+    return token_options(recipe, training=training)
 
 
 def held_out(recipe):
@@ -194,11 +197,30 @@ def test_a_folder_prepared_by_other_rules_is_refused(recipe, prepared):
     )
 
 
+@pytest.mark.parametrize(
+    "given, refused",
+    [
+        ({"dataset_train_split": "train[:1]"}, "a slice"),
+        ({"schema": "explicit"}, "schema"),
+        ({"dataset_config": "default"}, "dataset_config"),
+    ],
+)
+def test_what_cannot_be_done_to_a_prepared_folder_is_refused(recipe, prepared, given, refused):
+    with pytest.raises(ValueError) as said:
+        train(recipe(dataset_name=prepared, **given))
+    assert str(said.value) == f"'{prepared}' is prepared already, whole and by itself; leave out {refused}"
+
+
+def test_a_prepared_folder_is_no_part_of_a_mixture(recipe, prepared):
+    with pytest.raises(ValueError, match=r"is prepared already, whole and by itself; leave out dataset_mixer"):
+        train(recipe(dataset_mixer={prepared: 0.5}))
+
+
 # The rules
 
 
 def test_what_a_recipe_leaves_out_is_as_the_token_options_have_it(recipe):
-    assert token_options(recipe()) == TokenOptions(max_length=512)
+    assert options_of(recipe()) == TokenOptions(max_length=512)
 
 
 def test_every_token_option_is_a_leaf_of_the_recipe(recipe):
@@ -213,33 +235,33 @@ def test_every_token_option_is_a_leaf_of_the_recipe(recipe):
         "chat_template_kwargs": {"enable_thinking": False},
     }
     assert given.keys() == {field.name for field in dataclasses.fields(TokenOptions)}
-    assert dataclasses.asdict(token_options(recipe(**given))) == given
+    assert dataclasses.asdict(options_of(recipe(**given))) == given
 
 
-def test_what_yaml_reads_as_a_date_may_be_given_to_the_template(recipe, splits):
-    # As Llama 3.1's template takes one: {date_string: 2024-07-26}.
-    dated = recipe(dataset_name=splits, chat_template_kwargs={"date_string": datetime.date(2024, 7, 26)})
-    store = train(dated)
-    assert train(dated).key == store.key != train(recipe(dataset_name=splits)).key
-    assert train(dataclasses.replace(dated, data=dataclasses.replace(dated.data, dataset_name=str(store.folder)))).key
+def test_held_out_answers_are_scored_whole_and_every_token_counts_alike(recipe, splits):
+    given = recipe(dataset_name=splits, use_poet=True)
+    assert (options_of(given).use_poet, options_of(given, training=False).use_poet) == (True, False)
+    assert len(set(train(given)[0].lengths[1:])) == 1
+    assert len(set(held_out(given)[0].lengths[1:])) == 2
+    assert held_out(recipe(dataset_name=splits, temporal_decay=0.5))[0].weights is None
 
 
 def test_the_official_way_cuts_officially_unless_told_otherwise(recipe):
     official = {"compat": "official", "max_prompt_length": 100}
-    assert token_options(recipe(**official)) == TokenOptions(max_length=512, truncation="official", **official)
-    assert token_options(recipe(**official, truncation="drop")).truncation == "drop"
-    assert token_options(recipe(compat="none", max_prompt_length=100)).truncation == "drop"
+    assert options_of(recipe(**official)) == TokenOptions(max_length=512, truncation="official", **official)
+    assert options_of(recipe(**official, truncation="drop")).truncation == "drop"
+    assert options_of(recipe(compat="none", max_prompt_length=100)).truncation == "drop"
 
 
 def test_options_that_contradict_each_other_are_refused(recipe):
     with pytest.raises(ValueError, match="max_prompt_length=600 leaves no room for an answer in max_length=512"):
-        token_options(recipe(max_prompt_length=600))
+        options_of(recipe(max_prompt_length=600))
 
 
 def test_a_length_beyond_the_models_positions_is_refused(recipe):
-    assert token_options(recipe(max_length=512)).max_length == 512
+    assert options_of(recipe(max_length=512)).max_length == 512
     with pytest.raises(ValueError) as refused:
-        token_options(recipe(max_length=513))
+        options_of(recipe(max_length=513))
     assert str(refused.value) == "max_length=513 but the model has 512 positions; lower max_length to at most that"
 
 
@@ -248,10 +270,10 @@ def test_a_folder_that_holds_a_tokenizer_alone_needs_a_length(recipe, tmp_path):
         shutil.copy(STORIES / name, tmp_path)
     alone = dataclasses.replace(recipe().model, model_name_or_path=str(tmp_path))
     with pytest.raises(ValueError) as refused:
-        token_options(dataclasses.replace(recipe(), model=alone))
+        options_of(dataclasses.replace(recipe(), model=alone))
     assert str(refused.value) == f"'{tmp_path}' does not say how many positions it has; give max_length"
     given = dataclasses.replace(recipe(max_length=4096), model=alone)
-    assert token_options(given).max_length == 4096
+    assert options_of(given).max_length == 4096
     assert tokenizer_of(given).chat_template == TEMPLATE
 
 
@@ -264,7 +286,7 @@ def test_weights_are_those_of_the_recipe(recipe, splits):
     assert plain.weights is None and lengths[0] < lengths[1]
     [ld, *_] = train(recipe(dataset_name=splits, ld_alpha=0.25))
     assert ld.weights[1].tolist() == [1] * lengths[0] + [0.25] * (lengths[1] - lengths[0])
-    [decayed, *_] = held_out(recipe(dataset_name=splits, temporal_decay=0.5))
+    [decayed, *_] = train(recipe(dataset_name=splits, temporal_decay=0.5))
     assert decayed.weights[0].tolist() == [0.5 ** (t + 1) for t in range(lengths[0])]
     [zero, *_] = train(recipe(dataset_name=splits, ld_alpha=0))
     assert zero.weights[1].tolist() == [1] * lengths[0] + [0] * (lengths[1] - lengths[0])

@@ -32,7 +32,9 @@ class TokenOptions:
     def __post_init__(self):
         n = self.max_prompt_length
         if n is None and self.truncation == "official":
-            raise ValueError("truncation='official' needs max_prompt_length; SimPO's and RePO's recipes have 1800")
+            raise ValueError(
+                "truncation='official' (or compat='official') needs max_prompt_length; SimPO's and RePO's recipes have 1800, of max_length 2048"
+            )
         if n is not None and n >= self.max_length:
             raise ValueError(
                 f"max_prompt_length={n} leaves no room for an answer in max_length={self.max_length}; lower max_prompt_length"
@@ -52,9 +54,11 @@ class Tokenized(NamedTuple):
     """What became of one example."""
 
     pair: PairTokens | None  # None where the example is dropped
-    dropped: str | None = None  # empty, identical, identical_after_truncation, over_long, template_mismatch or bad_row
-    noticed: tuple[str, ...] = ()  # of what is kept: truncated, missing_eos, special_text
-    message: str = ""  # where and why, of a bad_row
+    dropped: str | None = (
+        None  # empty, identical, identical_after_truncation, over_long, template_mismatch or template_refused
+    )
+    noticed: tuple[str, ...] = ()  # of what is kept: truncated, missing_eos, special_text or special_tokens
+    message: str = ""  # where and why, where there is more to say
 
 
 class Branch(NamedTuple):
@@ -111,7 +115,7 @@ class PairTokenizer:
         self._template = Template(tokenizer, self._special, self._options.chat_template_kwargs)
 
     def __call__(self, examples: Sequence[PreferenceExample]) -> list[Tokenized]:
-        """What becomes of each example, in order; one whose conversation the template refuses is a bad_row.
+        """What becomes of each example, in order; also of one that the template refuses.
 
         Raises ValueError for messages without a chat template.
         """
@@ -136,6 +140,8 @@ class PairTokenizer:
                     noticed.add("missing_eos")
                 if text.mark:
                     noticed.add("special_text")
+                if not example.conversational and self._has_special(example):
+                    noticed.add("special_tokens")
             results.append(self._judge(example, branches, noticed))
         return results
 
@@ -147,7 +153,7 @@ class PairTokenizer:
             except TemplateMismatchError:
                 return Tokenized(None, "template_mismatch")
             except RefusedError as refusal:
-                return Tokenized(None, "bad_row", (), str(refusal))
+                return Tokenized(None, "template_refused", (), str(refusal))
         prompt, bos = example.prompt, self._tokenizer.bos_token
         while bos and prompt.startswith(bos * 2):
             prompt = prompt.removeprefix(bos)
@@ -157,6 +163,12 @@ class PairTokenizer:
             else Text(prompt + answer, len(prompt), ((len(prompt), len(prompt + answer)),), False)
             for answer in example.answers
         ]
+
+    def _has_special(self, example: PreferenceExample) -> bool:
+        """Whether texts spell special tokens, but for a BOS at the beginning and an EOS at the end, which belong there."""
+        bos, eos = self._tokenizer.bos_token or "", self._tokenizer.eos_token or ""
+        texts = [example.prompt.removeprefix(bos), *(answer.removesuffix(eos) for answer in example.answers if answer)]
+        return any(self._special.search(text) for text in texts)
 
     def _branch(self, text: Text, encoding, conversational: bool) -> Branch:
         ids = np.asarray(encoding.ids, np.int32)
@@ -198,7 +210,7 @@ class PairTokenizer:
                 for answer in example.answers
             ]
             special = example.conversational and self._template.mark(example) != ""
-            results.append(self._judge(example, branches, {"special_text"} if special else set()))
+            results.append(self._judge(example, branches, {"special_tokens"} if special else set()))
         return results
 
     def _read_official(self, example: PreferenceExample) -> list[str] | Tokenized:
@@ -207,7 +219,8 @@ class PairTokenizer:
         try:
             return official.texts(example, render, chat_template=tokenizer.chat_template, bos=tokenizer.bos_token)
         except RefusedError as refusal:
-            return Tokenized(None, "bad_row", (), f"{refusal}; compat='official' renders an answer by itself")
+            said = "compat='official' has an answer written by itself: name a chat_template that can, as SimPO's and RePO's recipes do"
+            return Tokenized(None, "template_refused", (), f"{refusal}; {said}")
 
     def _official_branch(self, prompt: list[int], whole: list[int]) -> Branch:
         start = official.split(prompt, whole)
@@ -226,8 +239,6 @@ class PairTokenizer:
             return Tokenized(None, "empty")
         if identical and strict:
             return Tokenized(None, "identical")
-        if identical:
-            noticed.add("identical")
         shortened = self._shorten(pair)
         if shortened is None:
             return Tokenized(None, "over_long")
@@ -238,8 +249,11 @@ class PairTokenizer:
             pair = poet(pair)
         if any(not mask.any() for answer, mask in zip(example.answers, pair.masks, strict=True) if answer is not None):
             return Tokenized(None, "empty")
-        if strict and paired and same_answers(pair):
+        identical = paired and same_answers(pair)
+        if identical and strict:
             return Tokenized(None, "identical_after_truncation")
+        if identical:
+            noticed.add("identical")
         return Tokenized(pair, None, tuple(sorted(noticed)))
 
     def _shorten(self, pair: PairTokens) -> PairTokens | None:
@@ -307,4 +321,6 @@ def same_answers(pair: PairTokens) -> bool:
 
 def is_written(answer: str | list[dict] | None) -> bool:
     """Whether an answer has words; one that is not there at all has nothing to lack."""
-    return answer is None or bool((answer if isinstance(answer, str) else answer[-1]["content"]).strip())
+    if answer is None or isinstance(answer, str):
+        return answer is None or bool(answer.strip())
+    return bool(answer[-1]["content"].strip() or answer[-1].get("tool_calls"))

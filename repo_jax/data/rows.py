@@ -95,7 +95,7 @@ def too_long(pair: PairTokens, T: int, S: int) -> ValueError:
     if pair.slots > T:
         return ValueError(
             f"pair '{pair.id}' ({pair.where}) takes {pair.slots} slots (prompt {p} + chosen {c} + rejected {r}) but row_length is {T}; "
-            f"raise row_length to {round_up(pair.slots, 128)}, or lower max_length below {p + max(c, r)} to drop such pairs"
+            f"raise row_length to {round_up(pair.slots, 128)}, or lower max_length below {p + max(c, r)} to drop or cut such pairs"
         )
     return ValueError(
         f"pair '{pair.id}' ({pair.where}) has {pair.scored} scored tokens but scored_length is {S}; raise scored_length to {round_up(pair.scored, 64)}"

@@ -20,6 +20,7 @@ from repo_jax.data.sources import RawRow
 PEEKED = 100  # how many rows of a part decide its schema
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # how the turns of an HH-RLHF transcript begin
 SPOKEN = {"human": "user", "gpt": "assistant"}  # what `from` says, and the role it means
+PROMPTLIKE = ("question", "instruction", "input", "query", "messages", "context")  # how others call a prompt
 TEXT, LIST, NULL = "text", "list of objects", "null"  # what a column holds, where it matters
 
 MOST = sys.float_info.max
@@ -193,6 +194,7 @@ def _detect(part: str, peeked: list[dict | Fault]) -> str:
             f"'{part}' has rows of no known schema: found {_found(rows[0])}; rename its columns to one of: {wanted}"
         )
     name = counts.most_common(1)[0][0]
+    _ask_about_other_prompts(part, name, rows[0])
     texts = [row for row in rows if name == _looks_like(row) == "explicit" and isinstance(row["prompt"], str)]
     repeated = sum(map(_repeats_prompt, texts))
     if len(texts) >= 5 and repeated >= 0.9 * len(texts):
@@ -201,6 +203,16 @@ def _detect(part: str, peeked: list[dict | Fault]) -> str:
             "set data.schema to 'implicit' if that is the prompt inside the answers, or to 'explicit' if the answers really repeat it"
         )
     return name
+
+
+def _ask_about_other_prompts(part: str, name: str, row: dict) -> None:
+    """Answers in texts without a prompt may hold it; but where a column is there that sounds like one, they do not."""
+    others = [column for column in PROMPTLIKE if row.get(column) and row.get("prompt") is None]
+    if name == "implicit" and isinstance(row.get("chosen"), str) and others:
+        raise ValueError(
+            f"'{part}' has no 'prompt' but '{others[0]}'; rename '{others[0]}' to 'prompt', or set data.schema to 'implicit' "
+            "if 'chosen' and 'rejected' begin with the prompt"
+        )
 
 
 def _looks_like(row: dict) -> str | None:

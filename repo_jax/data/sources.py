@@ -57,6 +57,11 @@ class Source:
     name: str  # for people
     pieces: tuple[_Piece, ...]
 
+    @property
+    def places(self) -> list[str]:
+        """Where its pieces lie: what RawRow.where begins with."""
+        return [piece.part.name for piece in self.pieces]
+
     def rows(self) -> Iterator[RawRow]:
         for dataset, part, taken in self.pieces:
             for unit, number, content in itertools.islice(part.rows(), taken.start, taken.stop):

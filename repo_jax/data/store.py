@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
@@ -30,6 +31,7 @@ CHUNK = 256  # rows that are tokenized together
 # What can become of a row, and what to call it.
 DROPPED = {
     "bad_row":                   "rows that cannot be read",
+    "template_refused":          "conversations that the chat template refuses to write",
     "prompt_mismatch":           "pairs whose two answers do not follow one prompt",
     "template_mismatch":         "pairs whose prompt the chat template writes differently once an answer follows",
     "empty":                     "pairs with an empty answer or an empty prompt",
@@ -37,10 +39,12 @@ DROPPED = {
     "identical_after_truncation": "pairs whose answers are the same once they are cut",
     "over_long":                 "pairs over max_length or max_prompt_length",
 }  # fmt: skip
+BAD = ("bad_row", "template_refused")  # what stops a preparation, unless such rows are skipped
 NOTICED = {
     "truncated":    "pairs that were cut to max_length or max_prompt_length",
     "missing_eos":  "pairs with an answer that no end token follows",
     "special_text": "conversations that hold text like a special token, which is encoded as text",
+    "special_tokens": "rows that hold text like a special token, which is encoded as that token",
     "identical":    "pairs whose answers are the same, kept as the official code does",
 }  # fmt: skip
 
@@ -48,8 +52,16 @@ NOTICED = {
 class TokenStore(Sequence):
     """The pairs of one data set as ids, in its order; knows every length without reading the ids."""
 
-    def __init__(self, folder: pathlib.Path):
-        self.folder = folder
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        *,
+        source: Source | None = None,
+        transform: Callable[[PairTokens], PairTokens] | None = None,
+    ):
+        """source: where the data lies now, if it is known; transform: what is done to every pair that is read
+        (repo_jax.data.weights)."""
+        self.folder, self._transform = folder, transform
         for name in ("dataset_info.json", "features.json", "metadata.json"):
             with _naming(folder, folder / name):
                 metadata = json.loads((folder / name).read_bytes())
@@ -58,25 +70,26 @@ class TokenStore(Sequence):
             self._source = builder.as_data_source("pairs")
             self._shards = builder.info.splits["pairs"].filepaths
             self._shard_ends = np.cumsum(builder.info.splits["pairs"].shard_lengths)
-        # What is done to every pair that is read (repo_jax.data.weights).
-        self.transform: Callable[[PairTokens], PairTokens] | None = None
         with _naming(folder, folder / "metadata.json"):
-            self._take(metadata)
+            self._take(metadata, source)
         for i in {0, len(self) - 1}:  # a file that was cut short is found out now rather than in the middle of a run
             self._read(i)
 
-    def _take(self, metadata: dict) -> None:
-        self.name: str = metadata["name"]
+    def _take(self, metadata: dict, source: Source | None) -> None:
+        self.name: str = metadata["name"] if source is None else source.name
+        self._places: list[str] = metadata["places"] if source is None else source.places
         self.key: str = metadata["key"]  # of data + tokens
         self.tokens: dict = metadata["tokens"]  # tokenizer, template and options, as `described`
-        self.schema: str = metadata["schema"]
+        self.schemas: list[str] = metadata["schemas"]  # those of its parts, as in SCHEMAS
+        self.schema: str = metadata["schema"]  # for people
         self.unpaired: bool = metadata["unpaired"]
         self.lengths = np.asarray(metadata["lengths"], np.int64).reshape(-1, 3)  # prompt, chosen, rejected
         self.scored = np.asarray(metadata["scored"], np.int64).reshape(-1, 2)  # chosen, rejected
         # Optional columns of the data, one number per pair, nan where a row has none.
         self.columns = {name: np.asarray(values, np.float64) for name, values in metadata["columns"].items()}
         self.rows: int = metadata["rows"]  # of the data set, dropped ones included
-        self.first_bad: str | None = metadata["first_bad"]  # what to say of the first row that could not be read
+        # What to say of the first row that was dropped for this reason, where there is more to say than its id.
+        self.first = {reason: _placed(message, self._places) for reason, message in metadata["first"].items()}
         self.dropped: dict[str, int] = metadata["dropped"]  # reason -> rows
         self.noticed: dict[str, int] = metadata["noticed"]
         self.named: dict[str, list[str]] = metadata["named"]  # reason -> ids of the first few
@@ -91,18 +104,18 @@ class TokenStore(Sequence):
     def __getitem__(self, i: int) -> PairTokens:
         row = self._read(i)
         tokens = (row[name] for name in ("prompt", "chosen", "rejected", "chosen_mask", "rejected_mask"))
-        pair = PairTokens(row["id"].decode(), row["where"].decode(), *tokens)
-        return pair if self.transform is None else self.transform(pair)
+        pair = PairTokens(row["id"].decode(), _placed(row["where"].decode(), self._places), *tokens)
+        return pair if self._transform is None else self._transform(pair)
 
     def counts(self) -> list[str]:
         """count_lines of what was dropped and of what was kept but noticed."""
-        return count_lines(self.rows, self.dropped, self.named, DROPPED, "dropped") + count_lines(
-            self.rows, self.noticed, self.named, NOTICED, "kept"
-        )
+        dropped = count_lines(self.rows, self.dropped, self.named, DROPPED, "dropped", self.first)
+        return dropped + count_lines(self.rows, self.noticed, self.named, NOTICED, "kept", {})
 
-    def source_row(self, i: int) -> dict:
-        """The row that pair i was made of."""
-        return json.loads(self._read(i)["row"])
+    def source_row(self, i: int) -> tuple[str, dict]:
+        """The id of pair i, and the row it was made of."""
+        row = self._read(i)
+        return row["id"].decode(), json.loads(row["row"])
 
     def _read(self, i: int) -> dict:
         if not 0 <= i < len(self):
@@ -111,14 +124,34 @@ class TokenStore(Sequence):
             return self._source[int(i)]
 
 
-def count_lines(rows: int, counts: dict[str, int], named: dict[str, list[str]], words: dict[str, str], done: str):
+def count_lines(
+    rows: int,
+    counts: dict[str, int],
+    named: dict[str, list[str]],
+    words: dict[str, str],
+    done: str,
+    first: dict[str, str],
+) -> list[str]:
     """A line for every reason, with the first ids; above a share of WARN it is a warning."""
     return [
         f"{'warning: ' if n > WARN * rows else ''}{n} of {rows} rows {done} ({n / rows:.1%}), {words[reason]}: "
         + ", ".join(named[reason])
         + (", ..." if n > len(named[reason]) else "")
+        + (f" ({first[reason]})" if reason in first else "")
         for reason, n in counts.items()
     ]
+
+
+def _unplaced(text: str, places: Sequence[str]) -> str:
+    """A text that begins with where a piece of the data lies, with the piece's number instead: the data may move."""
+    found = (f"{k}{text[len(place) :]}" for k, place in enumerate(places) if text.startswith(place + " "))
+    return next(found, text)
+
+
+def _placed(text: str, places: Sequence[str]) -> str:
+    """The inverse of _unplaced."""
+    number = re.match(r"[0-9]+(?= )", text)
+    return places[int(number[0])] + text[number.end() :] if number else text
 
 
 @contextlib.contextmanager
@@ -136,9 +169,10 @@ def _naming(folder: pathlib.Path, file: pathlib.Path):
 class NothingLeftError(ValueError):
     """No row of a data set can be used; tells what became of them all."""
 
-    def __init__(self, message: str, *, rows: int, dropped: dict[str, int], named: dict[str, list[str]]):
-        super().__init__(message)
-        self.rows, self.dropped, self.named = rows, dropped, named
+    def __init__(self, name: str, rows: int, counts: list[str], dropped: dict[str, int]):
+        words = "; ".join(line.removeprefix("warning: ") for line in counts)
+        super().__init__(f"no pair of {name} can be used ({words or 'it has no rows'})")
+        self.name, self.rows, self.counts, self.dropped = name, rows, counts, dropped
 
 
 class _LocalInfo(tfds.core.DatasetInfo):
@@ -172,8 +206,9 @@ class PreferenceTokens(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self):
         fields = [name for name in self.info.features if name != "row"]
         for number, (example, pair) in enumerate(self._build.pairs()):
-            row = json.dumps(example.row, ensure_ascii=False, default=str)
-            yield number, {name: getattr(pair, name) for name in fields} | {"row": row}
+            row = {"row": json.dumps(example.row, ensure_ascii=False, default=str)}
+            row["where"] = _unplaced(pair.where, self._metadata["places"])
+            yield number, {name: getattr(pair, name) for name in fields} | row
         self._metadata.update(self._build.metadata())
 
 
@@ -184,34 +219,32 @@ class Build:
         self._source, self._options, self._schema, self._on_bad_rows = source, options, schema, on_bad_rows
         self._tokenize = PairTokenizer(tokenizer, options)
         self._dropped, self._noticed = collections.defaultdict(list), collections.defaultdict(list)  # reason -> ids
-        self._rows, self._schemas, self._unpaired, self._first_bad = 0, {}, set(), None
+        self._rows, self._schemas, self._unpaired, self._first = 0, {}, set(), {}
         self._lengths, self._scored, self._columns = [], [], []
 
     def pairs(self) -> Iterator[tuple[PreferenceExample, PairTokens]]:
         """What is kept, in order. Raises ValueError for a row that cannot be read, unless those are skipped."""
         for row, result in self._results():
             self._rows += 1
-            if result.dropped == "bad_row":
-                if self._on_bad_rows == "error":
-                    raise ValueError(result.message)
-                self._first_bad = self._first_bad or result.message
             if result.dropped is not None:
+                if result.dropped in BAD and self._on_bad_rows == "error":
+                    raise ValueError(result.message)
+                if result.message:
+                    self._first.setdefault(result.dropped, result.message)
                 self._dropped[result.dropped].append(row.id)
                 continue
             for notice in result.noticed:
                 self._noticed[notice].append(row.id)
-            self._schemas[f"{row.schema}, {'messages' if row.conversational else 'texts'}"] = None
+            self._schemas[row.schema, "messages" if row.conversational else "texts"] = None
             self._unpaired.add(None in row.answers)
             self._lengths.append(list(result.pair.lengths))
             self._scored.append([int(mask.sum()) for mask in result.pair.masks])
             self._columns.append(row.columns)
             yield row, result.pair
         if not self._lengths:
-            words = ", ".join(f"{len(ids)} {DROPPED[reason]}" for reason, ids in self._dropped.items())
-            raise NothingLeftError(
-                f"no pair of {self._source.name} can be used ({words or 'it has no rows'}; max_length={self._options.max_length})",
-                **{name: self.metadata()[name] for name in ("rows", "dropped", "named")},
-            )
+            dropped, named = self.metadata()["dropped"], self.metadata()["named"]
+            counts = count_lines(self._rows, dropped, named, DROPPED, "dropped", self._first)
+            raise NothingLeftError(self._source.name, self._rows, counts, dropped)
         if len(self._unpaired) > 1:
             raise ValueError(
                 f"{self._source.name} mixes pairs with unpaired rows (prompt, completion, label); keep them in separate data sets"
@@ -223,21 +256,25 @@ class Build:
         rows = read_examples(self._source.rows(), schema=self._schema)
         rows = iter(tqdm(rows, desc=f"tokenizing {name}", unit=" rows", total=len(self._source), disable=None))
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            ahead = None
+            waiting = None
             while chunk := list(itertools.islice(rows, CHUNK)):
                 examples = [row for row in chunk if isinstance(row, PreferenceExample)]
-                chunk, ahead = ahead, (chunk, pool.submit(self._tokenize, examples))
-                yield from _in_order(chunk)
-            yield from _in_order(ahead)
+                begun = chunk, pool.submit(self._tokenize, examples)
+                if waiting is not None:
+                    yield from _in_order(*waiting)
+                waiting = begun
+            if waiting is not None:
+                yield from _in_order(*waiting)
 
     def metadata(self) -> dict:
         names = sorted({name for columns in self._columns for name in columns})
         named = self._noticed | self._dropped
         return {
-            "schema": " + ".join(self._schemas),
+            "schema": " + ".join(f"{schema}, {kind}" for schema, kind in self._schemas),
+            "schemas": list(dict.fromkeys(schema for schema, _ in self._schemas)),
             "unpaired": self._unpaired == {True},
             "rows": self._rows,
-            "first_bad": self._first_bad,
+            "first": {reason: _unplaced(message, self._source.places) for reason, message in self._first.items()},
             "lengths": self._lengths,
             "scored": self._scored,
             "columns": {name: [columns.get(name) for columns in self._columns] for name in names},
@@ -247,11 +284,9 @@ class Build:
         }
 
 
-def _in_order(tokenized: tuple[list, concurrent.futures.Future] | None):
-    if tokenized is None:
-        return
-    rows, results = tokenized[0], iter(tokenized[1].result())
-    for row in rows:
+def _in_order(chunk: list, tokenized: concurrent.futures.Future):
+    results = iter(tokenized.result())
+    for row in chunk:
         yield row, Tokenized(None, row.reason, (), row.message) if isinstance(row, Fault) else next(results)
 
 
@@ -263,6 +298,7 @@ def open_store(
     cache_dir: str,
     schema: str = "auto",
     on_bad_rows: Literal["error", "skip"] = "error",
+    transform: Callable[[PairTokens], PairTokens] | None = None,
 ) -> TokenStore:
     """The tokens of a data set, prepared on first use and found again by data + tokenizer + template + options.
 
@@ -280,16 +316,17 @@ def open_store(
             for rest in folder.parent.glob("incomplete*"):
                 shutil.rmtree(rest)
             build = Build(source, tokenizer, options, schema=schema, on_bad_rows=on_bad_rows)
-            _write(
-                PreferenceTokens(build=build, about={"name": source.name, "key": key, "tokens": tokens}, data_dir=place)
-            )
-    store = TokenStore(folder)
+            about = {"name": source.name, "places": source.places, "key": key, "tokens": tokens}
+            _write(PreferenceTokens(build=build, about=about, data_dir=place))
+            shutil.rmtree(place / "downloads", ignore_errors=True)  # TFDS's, empty
+    store = TokenStore(folder, source=source, transform=transform)
     if store.key != key:
         raise DamagedStoreError(
             f"'{folder}' holds other tokens than its place says (key {store.key}, wanted {key}); remove the folder '{place}'"
         )
-    if on_bad_rows == "error" and store.first_bad:
-        raise ValueError(store.first_bad)
+    bad = [reason for reason in BAD if reason in store.dropped]
+    if bad and on_bad_rows == "error":
+        raise ValueError(store.first[bad[0]])
     return store
 
 
@@ -298,9 +335,9 @@ def is_prepared(folder: pathlib.Path) -> bool:
     return (folder / "features.json").is_file() and any(folder.glob("*.array_record*"))
 
 
-def open_prepared(folder: pathlib.Path, tokenizer, options: TokenOptions) -> TokenStore:
+def open_prepared(folder: pathlib.Path, tokenizer, options: TokenOptions, *, transform=None) -> TokenStore:
     """A store by its folder, without the data it was made of. Raises ValueError if it was made by other rules than these."""
-    store, wanted = TokenStore(folder), described(tokenizer, options)
+    store, wanted = TokenStore(folder, transform=transform), described(tokenizer, options)
     other = [name for name in wanted if store.tokens.get(name) != wanted[name]]
     if other:
         was, now = (", ".join(f"{name}={tokens.get(name)!r}" for name in other) for tokens in (store.tokens, wanted))

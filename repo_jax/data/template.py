@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jinja2
 from transformers import PreTrainedTokenizerFast
 
 from repo_jax.data.schema import PreferenceExample
@@ -46,10 +45,11 @@ class Template:
 
         def render(messages: list[dict], *, add_generation_prompt: bool = False) -> str:
             hidden = self._special.hide(messages, mark)
+            options = self._kwargs | self._special.hide(example.template, mark)
             ours = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
             try:
-                text = self._tokenizer.apply_chat_template(hidden, **self._kwargs | example.template | ours)
-            except (jinja2.TemplateError, TypeError) as error:
+                text = self._tokenizer.apply_chat_template(hidden, **options | ours)
+            except Exception as error:  # a template may do anything
                 raise RefusedError(
                     f"{example.where}: the chat template cannot write this conversation ({error})"
                 ) from None
@@ -58,9 +58,9 @@ class Template:
         return render
 
     def mark(self, example: PreferenceExample) -> str:
-        """The mark under which this conversation is rendered: "" unless a message holds special-token text."""
+        """The mark under which this conversation is rendered: "" unless it holds special-token text."""
         messages = example.prompt + [message for answer in example.answers for message in answer or ()]
-        return self._special.mark_for(messages)
+        return self._special.mark_for([*messages, example.template])
 
     def read(self, example: PreferenceExample, *, score_header: bool) -> list[Text | None]:
         """The chosen and the rejected conversation as text, None where the row has none. Raises TemplateMismatchError or

@@ -2,6 +2,7 @@
 transformers' own apply_chat_template. test_chat_families.py has the templates of eight families, test_official.py compat.
 """
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -376,6 +377,17 @@ def test_an_answer_without_words_is_empty(chosen, rejected):
     assert tokenize(tokenizer, messages("the cat", chosen=chosen, rejected=rejected)).dropped == "empty"
 
 
+def test_an_answer_that_only_calls_a_tool_is_not_empty():
+    template = "{% for m in messages %}{{ m['content'] }}{% if m['tool_calls'] %}{{ m['tool_calls'][0]['name'] }}{% endif %}{% if m['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
+    tokenizer = words(eos_token="</s>", chat_template=template)
+
+    def call(name):
+        return [{"role": "assistant", "content": "", "tool_calls": [{"name": name}]}]
+
+    pair = kept(tokenizer, texts(CATS.prompt, call(" sat"), call(" ran to")))
+    assert scored(tokenizer, pair) == [" sat</s>", " ran to</s>"]
+
+
 def test_a_prompt_without_a_token_is_empty():
     assert tokenize(words(eos_token="</s>"), texts("", " sat", " ran")).dropped == "empty"
     assert kept(stories(), texts("", " sat", " ran")).prompt.tolist() == [1]  # its BOS
@@ -405,17 +417,21 @@ def test_a_template_that_changes_what_the_assistant_said_once_more_follows_does_
     assert tokenize(tokenizer, CATS).dropped is None
 
 
-def test_a_conversation_that_the_template_refuses_is_a_bad_row_with_its_place():
+def test_a_conversation_that_the_template_refuses_is_dropped_with_its_place():
     template = "{% if messages[0]['role'] == 'user' %}{{ raise_exception('begin with a system message') }}{% endif %}"
     assert tokenize(words(chat_template=template), CATS) == (
-        *(None, "bad_row", ()),
+        *(None, "template_refused", ()),
         "pairs.jsonl line 7: the chat template cannot write this conversation (begin with a system message)",
     )
 
 
-def test_a_template_that_is_not_jinja_makes_bad_rows():
-    result = tokenize(words(chat_template="{% for %}"), CATS)
-    assert result.dropped == "bad_row"
+@pytest.mark.parametrize(
+    "template",
+    ["{% for %}", "{{ messages[7]['content'] }}", "{{ 1 // 0 }}", "{{ messages + 1 }}", "{{ messages | unheard_of }}"],
+)
+def test_whatever_goes_wrong_in_a_template_is_said_of_the_row(template):
+    result = tokenize(words(chat_template=template), CATS)
+    assert (result.pair, result.dropped) == (None, "template_refused")
     assert result.message.startswith("pairs.jsonl line 7: the chat template cannot write this conversation (")
 
 
@@ -579,7 +595,7 @@ def test_poet_leaves_an_unpaired_row_whole():
         ),
         (
             {"truncation": "official"},
-            "truncation='official' needs max_prompt_length; SimPO's and RePO's recipes have 1800",
+            "truncation='official' (or compat='official') needs max_prompt_length; SimPO's and RePO's recipes have 1800, of max_length 2048",
         ),
         (
             {"compat": "official", "append_eos": "never"},
@@ -599,6 +615,40 @@ def test_options_that_contradict_each_other_are_refused(options, message):
     with pytest.raises(ValueError) as refused:
         TokenOptions(**options)
     assert str(refused.value) == message
+
+
+# Text that looks like special tokens; test_special.py and test_chat_families.py have the rest
+
+
+def test_in_messages_and_what_a_row_hands_the_template_it_is_text():
+    template = "{{ tools[0]['name'] }}" + BARE
+    tokenizer = words(bos_token="<s>", eos_token="</s>", chat_template=template)
+    special = tokenizer.convert_tokens_to_ids(["<s>", "</s>", "<|im_end|>"])
+    for tool, user in (("</s>", "a<s>"), ("<|im_end|>", "cat"), ("cat", "</s>")):
+        tools = {"tools": [{"name": tool}]}
+        example = dataclasses.replace(messages(user, chosen=" sat", rejected=" ran"), template=tools)
+        result = tokenize(tokenizer, example)
+        assert result.noticed == ("special_text",)
+        assert tokenizer.decode(result.pair.prompt) == f"{tool}{user}"
+        assert not {*result.pair.prompt.tolist()} & {*special}
+        assert scored(tokenizer, result.pair) == [" sat</s>", " ran</s>"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "noticed"),
+    [
+        ("the cat", " sat", ()),
+        ("<s>the cat", " sat</s>", ()),  # these belong there
+        ("<|im_start|>the cat", " sat", ("special_tokens",)),
+        ("the</s> cat", " sat", ("special_tokens",)),
+        ("the cat", " sat<s>", ("special_tokens",)),
+        ("the cat", " sat</s></s>", ("special_tokens",)),
+    ],
+)
+def test_in_texts_it_is_special_tokens_and_noticed(prompt, answer, noticed):
+    tokenizer = words(bos_token="<s>", eos_token="</s>")
+    for example in (texts(prompt, answer, " ran"), texts(prompt, " ran", answer), texts(prompt, None, answer)):
+        assert tokenize(tokenizer, example).noticed == noticed
 
 
 # What is refused

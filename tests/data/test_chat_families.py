@@ -188,10 +188,10 @@ def test_an_answer_has_the_ids_it_has_in_a_pair_where_the_other_one_is_missing(f
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES.values() if not f.system], ids=str)
-def test_a_conversation_that_the_template_refuses_is_a_bad_row_and_named_and_its_neighbours_are_not(family):
+def test_a_conversation_that_the_template_refuses_is_dropped_and_named_and_its_neighbours_are_not(family):
     fine, refused = (pair_example(*turns, ("user", "the cat")) for turns in [[], [("system", "sit")]])
     first, bad, last = tokenized(family, fine, refused, fine)
-    assert bad[:3] == (None, "bad_row", ())
+    assert bad[:3] == (None, "template_refused", ())
     assert bad.message.startswith("pairs.jsonl line 7: ")
     assert wholes(first.pair) == wholes(last.pair) == wholes(kept(family, fine))
 

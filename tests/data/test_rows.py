@@ -289,7 +289,7 @@ def test_a_pair_longer_than_a_row_is_refused():
         row_batches([pair], RowShape(1, 169, 512))
     assert str(refused.value) == (
         "pair 'ultra:9' (pairs.jsonl line 9) takes 170 slots (prompt 100 + chosen 30 + rejected 40) but row_length is 169; "
-        "raise row_length to 256, or lower max_length below 140 to drop such pairs"
+        "raise row_length to 256, or lower max_length below 140 to drop or cut such pairs"
     )
     assert len(row_batches([pair], RowShape(1, 170, 512))) == 1
 

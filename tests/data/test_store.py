@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from examples import ROOT, STORIES, tokenize, tokens
 from transformers import AutoTokenizer
 
@@ -158,7 +159,7 @@ def test_the_row_that_a_pair_was_made_of_comes_back(file, opened):
         {"prompt": "Lily", "chosen": " had", "rejected": " ran", "margin": 0.5},
     ]
     pairs = opened(file(rows))
-    assert [pairs.source_row(i) for i in range(2)] == [rows[0], rows[2]]
+    assert [pairs.source_row(i) for i in range(2)] == [("pairs.jsonl:1", rows[0]), ("pairs.jsonl:3", rows[2])]
 
 
 def test_columns_come_back_with_nan_where_a_row_has_none(file, opened):
@@ -175,9 +176,8 @@ def test_columns_come_back_with_nan_where_a_row_has_none(file, opened):
 
 
 def test_a_transform_sees_every_pair_that_is_read(file, opened):
-    pairs = opened(file())
-    plain = list(pairs)
-    pairs.transform = lambda pair: temporal_decay(pair, gamma=0.5)
+    plain = opened(file())
+    pairs = TokenStore(plain.folder, transform=lambda pair: temporal_decay(pair, gamma=0.5))
     for one, other in zip(plain, pairs, strict=True):
         assert one.weights is None and one.id == other.id
         assert [w.tolist() for w in other.weights] == [[0.5 ** (t + 1) for t in range(m.sum())] for m in one.masks]
@@ -197,7 +197,7 @@ def test_unpaired_rows_come_back_with_the_one_answer_they_have(file, opened, tok
     assert (pairs.lengths[:, 1:] > 0).tolist() == (pairs.scored > 0).tolist() == [[True, False], [False, True]]
     for ours, example in zip(pairs, examples_of(path), strict=True):
         assert_same_pair(ours, tokenize(tokenizer, example).pair)
-    assert pairs.source_row(1) == rows[1]
+    assert pairs.source_row(1)[1] == rows[1]
 
 
 def test_pairs_and_unpaired_rows_do_not_mix(file, opened):
@@ -296,18 +296,19 @@ def test_data_of_which_nothing_is_left_are_refused_with_the_reasons(file, opened
     with pytest.raises(NothingLeftError) as refused:
         opened(path)
     assert str(refused.value) == (
-        f"no pair of {path} can be used (1 pairs whose answers are the same, 2 pairs with an empty answer or an empty prompt; max_length=64)"
+        f"no pair of {path} can be used (1 of 3 rows dropped (33.3%), pairs whose answers are the same: row-0; "
+        "2 of 3 rows dropped (66.7%), pairs with an empty answer or an empty prompt: row-1, row-2)"
     )
     assert isinstance(refused.value, ValueError)
     assert (refused.value.rows, refused.value.dropped) == (3, {"identical": 1, "empty": 2})
-    assert refused.value.named == {"identical": ["row-0"], "empty": ["row-1", "row-2"]}
+    assert len(refused.value.counts) == 2
 
 
 def test_data_without_rows_are_refused(file, opened):
     path = file([])
     with pytest.raises(ValueError) as refused:
         opened(path)
-    assert str(refused.value) == f"no pair of {path} can be used (it has no rows; max_length=64)"
+    assert str(refused.value) == f"no pair of {path} can be used (it has no rows)"
 
 
 # Bad rows
@@ -329,17 +330,24 @@ def test_a_bad_line_may_be_skipped_and_is_counted_and_named(file, opened):
     assert ids(pairs) == ["row-0", "row-2", "row-3"]
     assert (pairs.rows, pairs.dropped) == (5, {"bad_row": 2})
     assert pairs.named == {"bad_row": ["pairs.jsonl:2", "mine"]}
-    assert pairs.counts() == ["warning: 2 of 5 rows dropped (40.0%), rows that cannot be read: pairs.jsonl:2, mine"]
+    (line,) = pairs.counts()
+    assert line.startswith("warning: 2 of 5 rows dropped (40.0%), rows that cannot be read: pairs.jsonl:2, mine (")
+    assert f"({path} line 2 is not JSON: " in line
 
 
-def test_a_conversation_that_the_template_refuses_is_a_bad_row(file, opened):
+def test_a_conversation_that_the_template_refuses_is_as_bad_as_a_row_that_cannot_be_read(file, opened):
     path = file([TALK, REFUSED])
     message = f"{path} line 2: the chat template cannot write this conversation (no tools here)"
     with pytest.raises(ValueError) as refused:
         opened(path)
     assert str(refused.value) == message
     pairs = opened(path, on_bad_rows="skip")
-    assert (ids(pairs), pairs.dropped, pairs.named) == (["row-0"], {"bad_row": 1}, {"bad_row": ["row-1"]})
+    assert (ids(pairs), pairs.dropped, pairs.named) == (
+        ["row-0"],
+        {"template_refused": 1},
+        {"template_refused": ["row-1"]},
+    )
+    assert pairs.first == {"template_refused": message}
 
 
 def test_a_store_made_with_skipped_rows_is_not_opened_where_these_are_errors(file, opened):
@@ -430,13 +438,14 @@ def test_the_same_data_have_the_same_key_however_they_are_named(file, opened, tm
     assert len(builds) == 1
 
 
-def test_a_file_found_elsewhere_is_not_prepared_again_and_keeps_the_places_of_the_first_time(file, opened, builds):
+def test_a_file_found_elsewhere_is_not_prepared_again_and_is_named_where_it_lies_now(file, opened, builds):
     path = file()
     before = opened(path)
     moved = path.rename(path.with_name("moved.jsonl"))
     after = opened(moved)
     assert (after.key, len(builds)) == (before.key, 1)
-    assert (after[1].where, after.name) == (f"{path} line 2", str(path))
+    assert (after[1].where, after.name) == (f"{moved} line 2", str(moved))
+    assert TokenStore(after.folder)[1].where == f"{path} line 2"  # by itself it knows no other place
 
 
 def test_changed_data_are_tokenized_anew(file, opened):
@@ -466,10 +475,11 @@ def test_tfds_reads_every_field_without_this_project(file, opened):
     assert modules == []
     assert len(rows) == 3
     for row, pair, source_row in zip(rows, pairs, map(pairs.source_row, range(3)), strict=True):
-        assert json.loads(row.pop("row")) == source_row
+        assert (row["id"], json.loads(row.pop("row"))) == source_row
+        assert row.pop("where") == pair.where.replace(str(path), "0")
         parts = {name: getattr(pair, name) for name in row}
         assert row == {name: part if isinstance(part, str) else part.tolist() for name, part in parts.items()}
-        assert row.keys() == {*pair._fields} - {"weights"}
+        assert row.keys() == {*pair._fields} - {"weights", "where"}
 
 
 # Damage
