@@ -702,3 +702,17 @@ def test_a_pair_of_ids_counts_its_tokens():
     pair = PairTokens("", "", *(np.zeros(n, np.int32) for n in (2, 3, 5)), *masks)
     assert [branch.size for branch in pair.branches] == [mask.size for mask in pair.masks] == [3, 5]
     assert (pair.lengths, pair.slots, pair.scored) == ((2, 3, 5), 10, 3)
+
+
+@pytest.mark.parametrize("column", ["question", "instruction", "input", "query", "messages", "context"])
+def test_texts_beside_a_column_that_sounds_like_a_prompt_are_asked_about(column):
+    row = {column: "How much?", "chosen": "The answer is 20.", "rejected": "The answer is 10."}
+    with pytest.raises(ValueError) as asked:
+        read(row, row)
+    assert str(asked.value) == (
+        f"'pairs' has no 'prompt' but '{column}'; rename '{column}' to 'prompt', or set data.schema to 'implicit' "
+        "if 'chosen' and 'rejected' begin with the prompt"
+    )
+    assert triple(row, schema="implicit") == ("The answer is", " 20.", " 10.")
+    assert triple(row | {"prompt": "How much?"})[0] == "How much?"
+    assert triple(WHOLE | {"messages": WHOLE["chosen"]}) == PAIR  # as ultrafeedback_binarized has it
