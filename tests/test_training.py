@@ -133,7 +133,7 @@ def test_the_exported_folder_is_what_transformers_loads_and_scores_alike(unbroke
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    data = yaml.safe_load(recipe.read_text())["data"]["dataset_name"]
+    data, cache = (yaml.safe_load(recipe.read_text())["data"][name] for name in ("dataset_name", "cache_dir"))
     rows = [json.loads(line) for line in pathlib.Path(data, "test.jsonl").read_text(encoding="utf-8").splitlines()]
     margins = []
     for row in rows:
@@ -147,7 +147,7 @@ def test_the_exported_folder_is_what_transformers_loads_and_scores_alike(unbroke
             means.append(logps[range(start - 1, len(ids) - 1), ids[start:]].mean().item())
         margins.append(means[0] - means[1])
     np.testing.assert_allclose(np.load(unbroken[0] / "margins_after.npy"), margins, atol=1e-4)
-    assert main(["evaluate", "--model", str(folder), "--data", f"{data}/test.jsonl"]) == 0
+    assert main(["evaluate", "--model", str(folder), "--data", f"{data}/test.jsonl", "--cache_dir", cache]) == 0
     printed = json.loads(capsys.readouterr().out)
     np.testing.assert_allclose(printed["mean_margin"], np.mean(margins), atol=1e-4)
 
