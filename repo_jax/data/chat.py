@@ -131,6 +131,8 @@ class PairTokenizer:
                 results.append(sides)
                 continue
             branches, noticed = [], set()
+            if not example.conversational and self._has_special(example):
+                noticed.add("special_tokens")
             for text in sides:
                 if text is None:
                     branches.append(NO_BRANCH)
@@ -140,8 +142,6 @@ class PairTokenizer:
                     noticed.add("missing_eos")
                 if text.mark:
                     noticed.add("special_text")
-                if not example.conversational and self._has_special(example):
-                    noticed.add("special_tokens")
             results.append(self._judge(example, branches, noticed))
         return results
 
