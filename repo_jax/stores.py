@@ -67,8 +67,8 @@ def held_out_store(recipe: Recipe, tokenizer) -> TokenStore | None:
     data, split = recipe.data, recipe.data.dataset_test_split
     if data.eval_dataset_name is not None:
         return _open(recipe, tokenizer, data.eval_dataset_name, split or "test", training=False)
-    names = list(data.dataset_mixer or [data.dataset_name] * (data.dataset_name is not None))
-    names = [name for name in names if has_splits(name) and not is_prepared(pathlib.Path(name))]
+    given = data.dataset_mixer or ([] if data.dataset_name is None else [data.dataset_name])
+    names = [name for name in given if has_splits(name) and not is_prepared(pathlib.Path(name))]
     if split is None or not names:
         return None
     whole = dict.fromkeys(names, 1.0) if data.dataset_mixer else names[0]

@@ -180,7 +180,7 @@ class PairTokenizer:
             header[header] = [token in self._special.ids for token in ids[header]]
             ends = np.where(header, start, ends)
             mask |= (ends > start) & (starts < end)
-        kept = int(np.searchsorted(starts, text.spans[-1][1])) if text.spans else len(ids)
+        kept = int(np.searchsorted(starts, text.spans[-1][1]))
         ids, mask, ends = ids[:kept], mask[:kept], ends[:kept]
         inside = int(np.argmax(ends > text.boundary)) if (ends > text.boundary).any() else kept
         tokenizer, eos = self._tokenizer, self._tokenizer.eos_token_id
@@ -196,17 +196,16 @@ class PairTokenizer:
 
     def _official(self, examples: Sequence[PreferenceExample]) -> list[Tokenized]:
         read = [self._read_official(example) for example in examples]
-        texts = [text for texts in read if isinstance(texts, list) for text in texts]
-        encodings = iter(self._special.encode(texts, [""] * len(texts)))
+        every = [text for texts in read if isinstance(texts, list) for text in texts]
+        encodings = iter(self._special.encode(every, [""] * len(every)))
         results = []
         for example, texts in zip(examples, read, strict=True):
             if isinstance(texts, Tokenized):
                 results.append(texts)
                 continue
-            prompt, *wholes = (next(encodings).ids for _ in texts)
-            wholes = iter(wholes)
+            prompt = next(encodings).ids
             branches = [
-                NO_BRANCH if answer is None else self._official_branch(prompt, next(wholes))
+                NO_BRANCH if answer is None else self._official_branch(prompt, next(encodings).ids)
                 for answer in example.answers
             ]
             special = example.conversational and self._template.mark(example) != ""

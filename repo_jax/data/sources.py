@@ -269,9 +269,16 @@ def _suffix(path: pathlib.Path) -> str | None:
 
 @contextlib.contextmanager
 def _reading(path: pathlib.Path):
+    """What gzip, json and pyarrow raise over a damaged file becomes one line that names it."""
     try:
         yield
-    except (OSError, EOFError, zlib.error, ValueError, NotImplementedError) as error:  # pyarrow's are among them
+    except (
+        OSError,
+        EOFError,
+        zlib.error,
+        ValueError,
+        NotImplementedError,
+    ) as error:  # pyarrow's errors are kinds of these
         raise ValueError(
             f"{path} cannot be read as {_suffix(path)} ({_cause(error)}); write or fetch it again"
         ) from None
