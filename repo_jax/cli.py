@@ -1,14 +1,29 @@
-"""The commands: repo-jax train | evaluate | inspect | prepare | export."""
+"""The commands: repo-jax train | evaluate | generate | inspect | prepare | export."""
 
 import argparse
 import difflib
 import json
 import os
 import pathlib
+import re
 import sys
 
-from repo_jax.config import SECTIONS, leaf_fields, load_recipe, read_yaml, takes_text
+from repo_jax.config import SECTIONS, StoppedError, leaf_fields, load_recipe, read_yaml, takes_text
 from repo_jax.data.schema import DamagedStoreError
+
+# What `generate` takes besides a recipe: answers.prepare has them under the same names, and their defaults.
+OWN = "default: the model's generation_config.json, else"
+GENERATE_FLAGS = {
+    "max_new_tokens": (int, "tokens of an answer at most (default: 512)"),
+    "temperature": (
+        float,
+        f"what logits are divided by; 0: always the likeliest token ({OWN} 0, or 1 beside the next two)",
+    ),
+    "top_k": (int, f"draw from so many of the likeliest tokens; 0: from all ({OWN} 50, as in transformers)"),
+    "top_p": (float, f"draw from the fewest likeliest tokens that have this probability together ({OWN} 1)"),
+    "batch_size": (int, "prompts taken at a time, over all devices (default: 16)"),
+    "generator": (str, "the model's name in the output (default: model_name_or_path)"),
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read what is printed has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (FloatingPointError, DamagedStoreError) as error:
+    except (FloatingPointError, DamagedStoreError, StoppedError) as error:
         print(f"repo-jax: {error}", file=sys.stderr)
         return 1
 
@@ -64,6 +79,15 @@ def evaluate_command(arguments, overrides) -> int:
     return 0
 
 
+def generate_command(arguments, overrides) -> int:
+    recipe = recipe_with_data(arguments, overrides, "data.eval_dataset_name")
+    from repo_jax.answers import prepare, run
+
+    given = {name: value for name, value in vars(arguments).items() if name in GENERATE_FLAGS}
+    run(checked(prepare, recipe, arguments.output, **given))
+    return 0
+
+
 def inspect_command(arguments, overrides) -> int:
     # A row that cannot be read is one of the things to be told.
     skip = {"data.on_bad_rows": "skip"}
@@ -99,13 +123,25 @@ def recipe_with_data(arguments, overrides: dict, data: str):
 
 
 def export_command(arguments, overrides) -> int:
-    from repo_jax.export import check_output, export_checkpoint, run_of
+    from repo_jax.export import check_output, export_checkpoint, open_checkpoint, push_export
+    from repo_jax.models.hub import check_push
 
-    output = pathlib.Path(arguments.output)
+    output, push_to = pathlib.Path(arguments.output), None
     checked(check_output, output)
-    run = checked(run_of, arguments.checkpoint)
-    difference = export_checkpoint(pathlib.Path(arguments.checkpoint), run, output)
-    print(f"model  {output}  (reloaded; log-probs within {difference:.1g} of the checkpoint's)")
+    if arguments.push_to_hub:
+        push_to = checked(check_push, arguments.hub_model_id or output.absolute().name)
+    opened = checked(open_checkpoint, arguments.checkpoint)
+    if arguments.adapter and not opened.recipe.model.use_peft:
+        raise UsageError(f"--adapter: '{arguments.checkpoint}' is of a run without use_peft; leave it out")
+    options = {"dtype": arguments.dtype, "max_shard_bytes": arguments.max_shard_size, "adapter": arguments.adapter}
+    difference = export_checkpoint(opened, output, **options)
+    if difference is None:
+        print(f"adapter {output}  (for PEFT)")
+    else:
+        print(f"model   {output}  (reloaded; log-probs within {difference:.1g} of the checkpoint's)")
+    if push_to is not None:
+        private, revision = arguments.hub_private_repo, arguments.hub_revision
+        print(f"hub     {push_export(output, push_to, private=private, revision=revision)}")
     return 0
 
 
@@ -134,6 +170,15 @@ def parse(argv: list[str]):
     evaluate = add("evaluate", evaluate_command, "score held-out pairs with a model and print the metrics as JSON")
     add_data_flags(evaluate, "held-out preference data (data.eval_dataset_name)")
     evaluate.add_argument("--output", metavar="FILE", help="where to write the JSON as well")
+    generate = add(
+        "generate", generate_command, "write a model's answers to prompts, as JSON lines that AlpacaEval reads"
+    )
+    add_data_flags(generate, "prompts: rows with prompt, instruction or messages (data.eval_dataset_name)")
+    generate.add_argument(
+        "--output", required=True, metavar="FILE", help="the file to write; one that is not finished is gone on with"
+    )
+    for name, (kind, words) in GENERATE_FLAGS.items():
+        generate.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, metavar="X", help=words)
     inspect = add(
         "inspect", inspect_command, "say what a data set holds, what of it would be scored, and what is wrong"
     )
@@ -149,6 +194,21 @@ def parse(argv: list[str]):
     export = add("export", export_command, "write a checkpoint as a Hugging Face folder")
     export.add_argument("--checkpoint", required=True, metavar="DIR", help="a checkpoint-N folder in a run's folder")
     export.add_argument("--output", required=True, metavar="DIR", help="the folder to write")
+    export.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="of all weights (default: as they were before training)",
+    )
+    export.add_argument(
+        "--max_shard_size", type=size, default="5GB", metavar="SIZE", help="of a weight file at most (default: 5GB)"
+    )
+    export.add_argument("--push_to_hub", action="store_true", help="push it to the Hugging Face Hub, too")
+    export.add_argument(
+        "--hub_model_id", metavar="ORG/NAME", help="where to (default: under OUTPUT's name, to your account)"
+    )
+    export.add_argument("--hub_revision", metavar="BRANCH", help="branch to push to, made if missing")
+    export.add_argument("--hub_private_repo", action="store_true", default=None, help="make a new repository private")
+    export.add_argument("--adapter", action="store_true", help="write the adapters of a use_peft run, for PEFT")
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         close = difflib.get_close_matches(unknown[0], [f"--{name.split('.')[1]}" for name in recipe_flags()], n=1)
@@ -205,6 +265,14 @@ def count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"'{text}' is no number of pairs; give 0 or more")
     return int(text)
+
+
+def size(text: str) -> int:
+    """Bytes in '500MB', '5GB' or '2GiB'."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text, re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"'{text}' is no size; give one such as 500MB, 5GB or 2GiB")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
 
 
 def text_value(text: str) -> str | None:

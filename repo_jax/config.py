@@ -19,23 +19,47 @@ from pydantic.dataclasses import dataclass
 
 # A path as the user writes it; ~ is their home folder.
 Path = Annotated[str, pydantic.AfterValidator(os.path.expanduser)]
+
+
+def _separate(value):
+    return [name.strip() for name in value.split(",")] if isinstance(value, str) and "," in value else value
+
+
+# One or several names: a list, or on the command line also a,b.
+Names = Annotated[list[str] | str | None, pydantic.BeforeValidator(_separate)]
 STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
 
 
 @dataclass(frozen=True, config=STRICT)
 class ModelSection:
-    model_name_or_path: Path = Field(description="folder of a Hugging Face model: config.json, safetensors, tokenizer")
+    model_name_or_path: Path = Field(
+        description="folder of a Hugging Face model (config.json, safetensors, tokenizer), a gs:// or s3:// URL of one, or ORG/NAME on the Hub"
+    )
+    model_revision: str | None = Field(None, description="branch, tag or commit of a Hub model; null: its main branch")
     chat_template: str | None = Field(
         None, description="Jinja text or the path of a .jinja file; null: the tokenizer's own"
     )
     eos_token: str | None = Field(None, description="the token that ends an answer; null: the tokenizer's own")
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="what the model computes in; auto: bfloat16 on TPU and recent GPUs, else float32"
+    )
+    param_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="what the model computes in, over float32 parameters; auto: bfloat16 on TPU and recent GPUs, else float32",
+        description="what parameters are kept in; auto: float32 where they are trained, else compute_dtype; bfloat16 halves their memory, and their updates are rounded up or down at random to its 8 bits",
     )
     remat: Literal["none", "dots", "full"] = Field(
         "full",
         description="what the backward pass computes again: nothing, all but weight matmuls, or all of each layer",
+    )
+    use_peft: bool = Field(False, description="train low-rank adapters (LoRA, arXiv:2106.09685) over frozen parameters")
+    lora_r: int = Field(16, ge=1, description="rank of the adapters")
+    lora_alpha: float = Field(32, gt=0, description="adapters count for lora_alpha / lora_r")
+    lora_dropout: float = Field(
+        0.0, ge=0, lt=1, description="share of the adapters' inputs that is dropped in training; needs mode direct"
+    )
+    lora_target_modules: Names = Field(
+        None,
+        description="the modules that get adapters, by Hugging Face's names, or all-linear; null: as PEFT has it for the family, queries and values",
     )
 
 
@@ -119,22 +143,43 @@ class OptimSection:
     train_batch_size: int = Field(128, ge=1, description="pairs per update, over all devices")
     num_train_epochs: float = Field(1.0, gt=0, description="passes over the pairs")
     max_steps: int | None = Field(None, ge=1, description="updates; null: as num_train_epochs says")
-    learning_rate: float = Field(1e-6, gt=0, description="peak learning rate of AdamW")
+    optim: Literal["adamw", "adafactor", "lion"] = Field(
+        "adamw",
+        description="adamw; adafactor: nearly no memory of its own; lion: one moment, wants a lower learning rate and adam_beta2 0.99",
+    )
+    learning_rate: float = Field(1e-6, gt=0, description="peak learning rate")
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="after the warm-up: to 0 by half a cosine, to 0 by a line, or flat"
     )
     warmup_ratio: float = Field(
         0.1, ge=0, le=1, description="share of the updates in which the learning rate rises from 0"
     )
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's, on matrices only")
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment")
-    adam_epsilon: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(0.0, ge=0, description="times the learning rate, on matrices only")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="adamw: decay of the first moment; lion: its first beta")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="adamw: decay of the second moment; lion: its second beta")
+    adam_epsilon: float = Field(1e-8, gt=0, description="adamw: added to the root of the second moment")
+    moment_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="what the first moment of adamw and lion is kept in; second moments are float32"
+    )
     max_grad_norm: float | None = Field(1.0, gt=0, description="gradients are scaled down to this norm; null: never")
     mode: Literal["direct", "two_pass"] = Field(
         "direct",
         description="direct: one forward and backward for every pair; two_pass: score all, then backward only where the gradient is not 0",
     )
+
+    def __post_init__(self):
+        if self.moment_dtype == "float32":
+            return
+        if self.optim == "adafactor":
+            raise ValueError(
+                f"moment_dtype={self.moment_dtype} but adafactor keeps no first moment; leave moment_dtype out"
+            )
+        name = "adam_beta2" if self.optim == "lion" else "adam_beta1"  # the decay of the moment that is kept
+        if 1 - getattr(self, name) < 2**-8:
+            raise ValueError(
+                f"moment_dtype={self.moment_dtype} but {name}={getattr(self, name):g}: a moment that changes by less than 1/256 "
+                f"of itself does not change in bfloat16; lower {name} to at most 0.99, or leave moment_dtype out"
+            )
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -164,6 +209,14 @@ class RunSection:
     )
     save_steps: int = Field(100, ge=1, description="updates between checkpoints; one more is written at the end")
     save_total_limit: int = Field(2, ge=1, description="checkpoints kept")
+    push_to_hub: bool = Field(False, description="whether the exported model is pushed to the Hugging Face Hub")
+    hub_model_id: str | None = Field(
+        None, description="ORG/NAME to push to; null: the name of output_dir, under your own account"
+    )
+    hub_revision: str | None = Field(None, description="branch to push to, made if missing; null: the main branch")
+    hub_private_repo: bool | None = Field(
+        None, description="whether a new repository is private; null: as its owner has set (public, usually)"
+    )
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -174,6 +227,10 @@ class Recipe:
     optim: OptimSection = OptimSection()
     mesh: MeshSection = MeshSection()
     run: RunSection = RunSection()
+
+
+class StoppedError(RuntimeError):
+    """What ended work that had begun, in a message that says what to do; nothing finished is lost."""
 
 
 SECTIONS = {field.name: field.type for field in dataclasses.fields(Recipe)}

@@ -11,10 +11,8 @@ from repo_jax.config import Recipe
 from repo_jax.data.rows import row_batches
 from repo_jax.data.schema import PairTokens
 from repo_jax.losses import PairLogps
-from repo_jax.models.decoder import param_shapes
-from repo_jax.models.hf import from_hf
 from repo_jax.preparation import Setup, set_up
-from repo_jax.sharding import param_shardings
+from repo_jax.rewards import evaluate_rewards
 from repo_jax.step import Scorer
 
 GROUP = 256  # pairs that are packed together
@@ -25,19 +23,19 @@ class Evaluation(NamedTuple):
     margins_B: np.ndarray  # mean-token margin of every pair, in the order of the file
 
 
-def score_pairs(scorer: Scorer, params: dict, pairs: Sequence[PairTokens]) -> PairLogps:
+def score_pairs(scorer: Scorer, variables: dict, pairs: Sequence[PairTokens]) -> PairLogps:
     """Log-probs of every pair, in order, on the host."""
     groups = []
     for start in tqdm(range(0, len(pairs), GROUP), desc="scoring", unit=f" x {GROUP} pairs", disable=None, leave=False):
         group = [pairs[i] for i in range(start, min(start + GROUP, len(pairs)))]
-        scored = jax.device_get(scorer(params, row_batches(group, scorer.shape, B=GROUP)))
+        scored = jax.device_get(scorer(variables, row_batches(group, scorer.shape, B=GROUP)))
         groups.append(PairLogps(*(x_B2[: len(group)] for x_B2 in scored)))
     return jax.tree.map(lambda *parts: np.concatenate(parts), *groups)
 
 
-def evaluate_pairs(scorer: Scorer, params: dict, pairs: Sequence[PairTokens]) -> Evaluation:
+def evaluate_pairs(scorer: Scorer, variables: dict, pairs: Sequence[PairTokens]) -> Evaluation:
     """Metrics over all pairs, as training logs them over a batch."""
-    scored = score_pairs(scorer, params, pairs)
+    scored = score_pairs(scorer, variables, pairs)
     _, metrics = scorer.weigh(jax.device_put(scored))
     return Evaluation({name: float(value) for name, value in metrics.items()}, np.asarray(scored.mean_margin_B))
 
@@ -51,14 +49,13 @@ def evaluate(recipe: Recipe) -> dict[str, float | str]:
 
 
 def evaluate_setup(setup: Setup) -> dict[str, float | str]:
-    """evaluate, for a recipe that has been looked at."""
-    params = from_hf(
-        setup.recipe.model.model_name_or_path, setup.cfg, param_shardings(param_shapes(setup.cfg), setup.mesh)
-    )
+    """evaluate, for a recipe that has been looked at. A reward model has no loss: its rewards and what they rank right come back."""
+    if setup.cfg.labels:
+        return evaluate_rewards(setup)
+    variables = {"params": setup.pretrained.params(setup.mesh, setup.recipe.model.param_dtype)}
     scorer = Scorer(setup.model, setup.loss, setup.hparams, setup.mesh, setup.shape)
-    return (
-        setup.recipe.loss | summarize(evaluate_pairs(scorer, params, setup.held_out)) | {"pairs": len(setup.held_out)}
-    )
+    results = summarize(evaluate_pairs(scorer, variables, setup.held_out))
+    return setup.recipe.loss | results | {"pairs": len(setup.held_out)}
 
 
 def summarize(evaluation: Evaluation) -> dict[str, float]:

@@ -1,63 +1,120 @@
 """Parameters back to a Hugging Face folder that loads anywhere, verified before it is called done."""
 
+import collections
+import contextlib
 import functools
 import json
 import math
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
+from repo_jax.card import HEADING, model_card
 from repo_jax.checkpoint import NAME, restore_params
-from repo_jax.config import dump_recipe, load_recipe
+from repo_jax.config import ModelSection, Recipe, StoppedError, dump_recipe, load_recipe
 from repo_jax.data.rows import RowShape, row_batches
 from repo_jax.data.schema import PairTokens
 from repo_jax.logps import pair_logps
-from repo_jax.models import hf
 from repo_jax.models.config import DecoderConfig
 from repo_jax.models.decoder import Decoder, param_shapes
+from repo_jax.models.hf import expected_tensors, from_hf, places_of, stored_dtypes, to_hf
+from repo_jax.models.hub import ModelFiles, push
+from repo_jax.models.lora import adapter_shapes, merge, save_adapter
+from repo_jax.models.pretrained import Pretrained, open_model
+from repo_jax.preparation import with_dtypes
 from repo_jax.sharding import batch_ways, make_mesh, param_shardings
 from repo_jax.step import place
+from repo_jax.stores import model_files
 
 TOLERANCE = (
     1e-4  # nats per token by which a reloaded model's mean log-probs may differ from those of the rounded parameters
 )
 ROUNDING = {"float32": (8, 23), "float16": (5, 10), "bfloat16": (8, 7)}  # bits of exponent and mantissa
-HEADING = "# Aligned with repo_jax"  # of the model card, by which an earlier export is known
+SHARD_BYTES = 5 * 10**9  # of a weight file at most
+MIXED = (
+    "dtypes.json"  # beside config.json in a run's base: the tensors whose dtype is not the one that config.json says
+)
 
 
 def export_model(
-    params: dict, cfg: DecoderConfig, mesh: Mesh, *, base: pathlib.Path, output: pathlib.Path, card: str
+    params: dict,
+    cfg: DecoderConfig,
+    mesh: Mesh,
+    *,
+    base: pathlib.Path,
+    output: pathlib.Path,
+    card: str,
+    dtype: str | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
 ) -> float:
     """Writes a Hugging Face folder (weights, config, generation config, tokenizer, model card) and proves that it reads back.
 
-    `base` holds all of that but weights and card (write_base). Everything is written to a temporary folder, reloaded, its
-    log-probs compared, and only then moved to `output`, where it replaces an earlier export. Returns the largest difference
-    of a mean log-prob, in nats per token.
+    `base` holds all of that but weights and card (write_base). Tensors get the dtypes of the model that was started from, or all
+    of them `dtype`. Everything is written to a temporary folder, reloaded, its log-probs compared, and only then moved to
+    `output`, where it replaces an earlier export. Returns the largest difference of a mean log-prob, in nats per token.
     """
-    check_output(output)
-    output = output.absolute()
-    dtype = json.loads((base / "config.json").read_text())["dtype"]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
-        folder = pathlib.Path(temporary) / "model"
-        shutil.copytree(base, folder)
-        hf.to_hf(params, cfg, folder, dtype=dtype)
+    with replacing(output) as folder:
+        shutil.copytree(base, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MIXED))
+        dtypes = _dtypes(base, cfg, dtype)
+        if dtype is not None:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"dtype": dtype}
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        to_hf(params, cfg, folder, dtypes=dtypes, max_shard_bytes=max_shard_bytes)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        reloaded = hf.from_hf(folder, DecoderConfig.from_hf(folder), jax.tree.map(lambda leaf: leaf.sharding, params))
-        difference = float(np.abs(probe(reloaded, cfg, mesh, dtype) - probe(params, cfg, mesh, dtype)).max())
+        kept = "bfloat16" if set(dtypes.values()) == {"bfloat16"} else "float32"
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+        reloaded = from_hf(folder, DecoderConfig.from_hf(folder), shardings, dtype=kept)
+        rounding = _rounding(cfg, dtypes)
+        difference = float(np.abs(probe(reloaded, cfg, mesh, rounding) - probe(params, cfg, mesh, rounding)).max())
         if not difference <= TOLERANCE:
             raise RuntimeError(
                 f"the exported model's log-probs differ by {difference:.2g} nats per token from the trained one's; nothing was written"
             )
+    return difference
+
+
+def export_adapter(
+    adapters: dict, cfg: DecoderConfig, *, model: ModelSection, base: pathlib.Path, output: pathlib.Path, card: str
+) -> None:
+    """Writes adapters as a PEFT folder, with the run's tokenizer; whole or not at all, like export_model."""
+    with replacing(output) as folder:
+        weights = ("config.json", "generation_config.json", MIXED)
+        shutil.copytree(base, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*weights))
+        save_adapter(
+            adapters,
+            cfg,
+            folder,
+            r=model.lora_r,
+            alpha=model.lora_alpha,
+            dropout=model.lora_dropout,
+            target_modules=model.lora_target_modules,
+            base=model.model_name_or_path,
+            revision=model.model_revision,
+        )
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(output: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary folder that takes the place of `output` at the end; an exception leaves everything as it was."""
+    check_output(output)
+    output = output.absolute()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
+        folder = pathlib.Path(temporary) / "new"
+        folder.mkdir()
+        yield folder
         if output.exists():
             output.rename(pathlib.Path(temporary) / "earlier")
         folder.rename(output)
-    return difference
 
 
 def check_output(output: pathlib.Path) -> None:
@@ -69,29 +126,51 @@ def check_output(output: pathlib.Path) -> None:
         raise ValueError(f"output '{output}' exists and is not an export of repo-jax; name a new folder")
 
 
-def write_base(model: str, tokenizer, folder: pathlib.Path) -> None:
+def write_base(files: ModelFiles, cfg: DecoderConfig, tokenizer, folder: pathlib.Path) -> None:
     """Everything of a model folder but the weights: config, generation config, and the tokenizer with the run's template and
     end token. A run keeps it, so that its checkpoints can be exported when the model they started from is gone."""
     folder.mkdir(parents=True, exist_ok=True)
-    source, eos = pathlib.Path(model), tokenizer.eos_token_id
-    config = json.loads((source / "config.json").read_text()) | {
-        "eos_token_id": eos,
-        "dtype": hf.TensorFiles(source).dtype(DecoderConfig.from_hf(source)),
-    }
+    source, eos = files.weights, tokenizer.eos_token_id
+    dtypes = stored_dtypes(source, cfg)
+    [(usual, _)] = collections.Counter(dtypes.values()).most_common(1)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8")) | {"eos_token_id": eos, "dtype": usual}
     config.pop("torch_dtype", None)  # transformers 4's name of dtype
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if others := {name: dtype for name, dtype in dtypes.items() if dtype != usual}:
+        (folder / MIXED).write_text(json.dumps(others, indent=2) + "\n", encoding="utf-8")
     stored = source / "generation_config.json"
-    generation = json.loads(stored.read_text()) if stored.is_file() else {"bos_token_id": config.get("bos_token_id")}
+    generation = (
+        json.loads(stored.read_text(encoding="utf-8"))
+        if stored.is_file()
+        else {"bos_token_id": config.get("bos_token_id")}
+    )
     ends = generation.get("eos_token_id")
     # A chat model may stop at several tokens; the list is kept if the run's end token is among them.
     generation["eos_token_id"] = ends if isinstance(ends, list) and eos in ends else eos
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    if (source / "README.md").is_file():
+        shutil.copyfile(source / "README.md", folder / "README.md")  # says under which licence the model is
     tokenizer.save_pretrained(folder)
 
 
-def probe(params: dict, cfg: DecoderConfig, mesh: Mesh, dtype: str) -> np.ndarray:
+def _dtypes(base: pathlib.Path, cfg: DecoderConfig, dtype: str | None) -> dict[str, str]:
+    """Hugging Face name -> dtype of every tensor of an export."""
+    usual = dtype or json.loads((base / "config.json").read_text(encoding="utf-8"))["dtype"]
+    others = json.loads((base / MIXED).read_text(encoding="utf-8")) if (base / MIXED).is_file() and not dtype else {}
+    return {name: others.get(name, usual) for name in expected_tensors(cfg)}
+
+
+def _rounding(cfg: DecoderConfig, dtypes: dict[str, str]) -> tuple:
+    """Our path -> the bits that each of its layers keeps in these dtypes, as a tuple of pairs, which jit can tell apart."""
+    return tuple(
+        (place.path, tuple(ROUNDING[dtypes[place.weight.hf.format(i=i)]] for i in place.layers or [None]))
+        for place in places_of(cfg)
+    )
+
+
+def probe(params: dict, cfg: DecoderConfig, mesh: Mesh, rounding: tuple) -> np.ndarray:
     """Mean log-probs, computed in float32, of a few fixed answers of random tokens: a fingerprint of the parameters as they
-    are once rounded to dtype."""
+    are once they are rounded."""
     rng = np.random.default_rng(0)
     length = min(16, cfg.max_positions // 3)
     R = batch_ways(mesh)
@@ -102,34 +181,36 @@ def probe(params: dict, cfg: DecoderConfig, mesh: Mesh, dtype: str) -> np.ndarra
     ]
     batch = row_batches(pairs, RowShape(R, 3 * length, 2 * length))[0]
     with jax.set_mesh(mesh):
-        means_B2 = _fingerprint(params, place(batch, mesh), model=Decoder(cfg, jnp.float32), bits=ROUNDING[dtype])
+        means_B2 = _fingerprint(params, place(batch, mesh), model=Decoder(cfg, jnp.float32), rounding=rounding)
     return np.asarray(jax.device_get(means_B2))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "bits"))
-def _fingerprint(params, batch, *, model: Decoder, bits: tuple[int, int]):
+@functools.partial(jax.jit, static_argnames=("model", "rounding"))
+def _fingerprint(params, batch, *, model: Decoder, rounding: tuple):
     # reduce_precision, for XLA may drop a cast there and back.
-    return pair_logps(model, jax.tree.map(lambda leaf: jax.lax.reduce_precision(leaf, *bits), params), batch).mean_B2
+    params = flatten_dict(params, sep="/")
+    for path, bits in rounding:
+        leaf = params[path]
+        if len(set(bits)) == 1:
+            params[path] = jax.lax.reduce_precision(leaf, *bits[0])
+        else:
+            params[path] = jnp.stack([jax.lax.reduce_precision(leaf[i], *kept) for i, kept in enumerate(bits)])
+    return pair_logps(model, {"params": unflatten_dict(params, sep="/")}, batch).mean_B2
 
 
-def model_card(recipe_yaml: str, *, base: str, results: dict | None) -> str:
-    """README.md of an exported model: where it came from, the recipe, and what was measured."""
-    lines = [
-        "---",
-        "library_name: transformers",
-        "tags: [preference-optimization, repo_jax]",
-        "---",
-        "",
-        HEADING,
-        "",
-    ]
-    lines += [f"Started from `{base}`.", ""]
-    if results is not None:
-        lines += [f"On {results['pairs']} held-out pairs:", "", "| | before | after |", "| --- | --- | --- |"]
-        for name in results["after"]:
-            lines.append(f"| {name} | {results['before'][name]:.4f} | {results['after'][name]:.4f} |")
-        lines.append("")
-    return "\n".join([*lines, "## Recipe", "", "```yaml", recipe_yaml.rstrip(), "```", ""])
+def card_of(recipe: Recipe, base: pathlib.Path, *, results: dict | None, adapter: bool) -> str:
+    """The card of a run's model, or of its adapters."""
+    kind = "peft" if adapter else "transformers"
+    name = recipe.model.model_name_or_path
+    return model_card(dump_recipe(recipe), base=name, results=results, folder=base, library_name=kind)
+
+
+def push_export(output: pathlib.Path, repo_id: str, *, private: bool | None, revision: str | None) -> str:
+    """Pushes an export to the Hub and returns its page; StoppedError where the Hub refuses what hub.check_push let pass."""
+    try:
+        return push(output, repo_id, private=private, revision=revision, commit_message="Export of repo_jax")
+    except OSError as error:
+        raise StoppedError(error) from None
 
 
 def run_of(checkpoint: str) -> pathlib.Path:
@@ -142,16 +223,57 @@ def run_of(checkpoint: str) -> pathlib.Path:
     return path.parent
 
 
-def export_checkpoint(checkpoint: pathlib.Path, run: pathlib.Path, output: pathlib.Path) -> float:
-    """A checkpoint of any mesh as a Hugging Face folder; the model the run started from is not needed.
+def merged(frozen: dict, adapters: dict, model: ModelSection) -> dict:
+    """The parameters that adapters over frozen ones amount to, where the frozen ones lie."""
+    scale = model.lora_alpha / model.lora_r
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, frozen)
+    return jax.jit(functools.partial(merge, scale=scale), out_shardings=shardings)(frozen, adapters)
+
+
+class CheckpointExport(NamedTuple):
+    """A checkpoint of any mesh, looked at and not read yet."""
+
+    checkpoint: pathlib.Path
+    run: pathlib.Path
+    recipe: Recipe
+    cfg: DecoderConfig
+    pretrained: Pretrained | None  # what adapters were trained over; a full checkpoint does not need it
+
+
+def open_checkpoint(checkpoint: str) -> CheckpointExport:
+    """Raises ValueError or FileNotFoundError for what cannot be exported."""
+    run = run_of(checkpoint)
+    recipe = load_recipe(run / "recipe.yaml")
+    pretrained = open_model(model_files(recipe, weights=True)) if recipe.model.use_peft else None
+    cfg = DecoderConfig.from_hf(run / "base")
+    return CheckpointExport(pathlib.Path(checkpoint), run, recipe, cfg, pretrained)
+
+
+def export_checkpoint(
+    export: CheckpointExport,
+    output: pathlib.Path,
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
+    adapter: bool = False,
+) -> float | None:
+    """A checkpoint as a Hugging Face folder, or its adapters as a PEFT folder, which has nothing to compare.
 
     The parameters are spread over as many of this machine's devices as divide the model's width.
     """
-    cfg = DecoderConfig.from_hf(run / "base")
+    recipe, cfg, run = export.recipe, export.cfg, export.run
     ways = math.gcd(cfg.D, jax.device_count())
     mesh = make_mesh(1, ways, 1, devices=jax.devices()[:ways])
-    shapes = param_shapes(cfg)
-    params = restore_params(checkpoint, shapes, param_shardings(shapes, mesh))
-    recipe = load_recipe(run / "recipe.yaml")
-    card = model_card(dump_recipe(recipe), base=recipe.model.model_name_or_path, results=None)
-    return export_model(params, cfg, mesh, base=run / "base", output=output, card=card)
+    model = with_dtypes(recipe.model, training=True)
+    if model.use_peft:
+        shapes = adapter_shapes(cfg, model.lora_r, model.lora_target_modules)
+    else:
+        shapes = param_shapes(cfg, model.param_dtype)
+    trained = restore_params(export.checkpoint, shapes, param_shardings(shapes, mesh))
+    card = card_of(recipe, run / "base", results=None, adapter=adapter)
+    if adapter:
+        export_adapter(trained, cfg, model=model, base=run / "base", output=output, card=card)
+        return None
+    params = merged(export.pretrained.params(mesh, model.param_dtype), trained, model) if model.use_peft else trained
+    options = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
+    return export_model(params, cfg, mesh, base=run / "base", output=output, card=card, **options)

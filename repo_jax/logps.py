@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from repo_jax.data.rows import RowBatch
 from repo_jax.losses import PairLogps
+from repo_jax.models.attention import MASKED, soften
 from repo_jax.models.decoder import Decoder, output_head
 from repo_jax.sharding import BATCH, constrain
 
@@ -24,10 +25,11 @@ def exact_matmuls(dtype):
     return jax.default_matmul_precision("highest") if dtype == jnp.float32 else contextlib.nullcontext()
 
 
-def pair_logps(model: Decoder, params: dict, batch: RowBatch) -> PairLogps:
+def pair_logps(model: Decoder, variables: dict, batch: RowBatch, *, dropout=None) -> PairLogps:
     """Scores every answer of every row in one forward pass; an answer that is in no row gets sum and length 0.
 
-    Tokens with weights count for these in the sums and for 1 in the lengths.
+    `variables` holds the collections that the model has: "params", and "lora" where it has adapters, whose dropout `dropout`, a key,
+    switches on. Tokens with weights count for these in the sums and for 1 in the lengths.
     """
     B = batch.filled_B.shape[0]
 
@@ -37,27 +39,31 @@ def pair_logps(model: Decoder, params: dict, batch: RowBatch) -> PairLogps:
 
     with exact_matmuls(model.dtype):
         hidden_RTD = model.apply(
-            {"params": params}, batch.tokens_RT, batch.positions_RT, batch.segments_RT, batch.prompts_RT
+            variables,
+            *(batch.tokens_RT, batch.positions_RT, batch.segments_RT, batch.prompts_RT),
+            rngs=None if dropout is None else {"dropout": dropout},
         )
         # Not a shift by one: a prompt's last slot predicts two tokens, the first of each answer.
         source_RSD = jnp.take_along_axis(hidden_RTD, batch.sources_RS[..., None], axis=1)
-        logps_RS = token_logps(source_RSD, output_head(params), batch.targets_RS)
+        cfg, head_VD = model.cfg, output_head(variables["params"])
+        logps_RS = token_logps(source_RSD, head_VD, batch.targets_RS, vocab=cfg.V, cap=cfg.logit_softcap)
     lengths_B2 = sum_by_answer(jnp.ones_like(logps_RS))
     if batch.weights_RS is not None:
         logps_RS = logps_RS * batch.weights_RS
     return PairLogps(sum_by_answer(logps_RS), lengths_B2)
 
 
-def token_logps(source_RSD, head_VD, targets_RS):
+def token_logps(source_RSD, head_VD, targets_RS, *, vocab: int | None = None, cap: float | None = None):
     """Log-prob of each target under softmax(source @ head), in float32; [R, S, V] is never built.
 
-    The head is used in the dtype of `source` and its gradient comes back in float32.
+    The head is used in the dtype of `source`; its gradient is added up in float32. Rows of the head from `vocab` on only pad it;
+    `cap` is the soft cap on logits.
     """
     S = targets_RS.shape[1]
     padded = -S % min(S, CHUNK)
     source_RSD = jnp.pad(source_RSD, ((0, 0), (0, padded), (0, 0)))
     targets_RS = jnp.pad(targets_RS, ((0, 0), (0, padded)))
-    return _token_logps(source_RSD, head_VD, targets_RS)[:, :S]
+    return _token_logps(vocab, cap, source_RSD, head_VD, targets_RS)[:, :S]
 
 
 def _chunks(x_RS):
@@ -73,8 +79,15 @@ def _unchunk(x_NRC):
     return jnp.moveaxis(x_NRC, 0, 1).reshape(R, N * C, *x_NRC.shape[3:])
 
 
-def _logits(x_RCD, head_VD):
-    return jnp.einsum("RCD,VD->RCV", x_RCD, head_VD, preferred_element_type=jnp.float32)
+def _logits(vocab: int | None, cap: float | None, x_RCD, head_VD):
+    """The logits as the softmax takes them, and their slopes d logits / d (x @ head)."""
+    raw_RCV = jnp.einsum("RCD,VD->RCV", x_RCD, head_VD, preferred_element_type=jnp.float32)
+    logits_RCV = soften(raw_RCV, cap)
+    slopes_RCV = 1.0 if cap is None else 1 - (logits_RCV / cap) ** 2
+    if vocab is not None and head_VD.shape[0] > vocab:
+        there_V = jnp.arange(head_VD.shape[0]) < vocab
+        logits_RCV = jnp.where(there_V[None, None], logits_RCV, MASKED)
+    return logits_RCV, slopes_RCV
 
 
 def _is_target(targets_RC, V):
@@ -86,17 +99,17 @@ def _whole_width(head_VD, dtype):
     return constrain(head_VD.astype(dtype), P("tensor", None))
 
 
-@jax.custom_vjp
-def _token_logps(source_RSD, head_VD, targets_RS):
-    return _token_logps_fwd(source_RSD, head_VD, targets_RS)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _token_logps(vocab, cap, source_RSD, head_VD, targets_RS):
+    return _token_logps_fwd(vocab, cap, source_RSD, head_VD, targets_RS)[0]
 
 
-def _token_logps_fwd(source_RSD, head_VD, targets_RS):
+def _token_logps_fwd(vocab, cap, source_RSD, head_VD, targets_RS):
     head = _whole_width(head_VD, source_RSD.dtype)
 
     def chunk(_, inputs):
         x_RCD, targets_RC = inputs
-        logits_RCV = _logits(x_RCD, head)
+        logits_RCV, _ = _logits(vocab, cap, x_RCD, head)
         lse_RC = jax.nn.logsumexp(logits_RCV, axis=-1)
         # A masked sum rather than an index: where V is split, each shard adds its own part.
         target_RC = jnp.sum(jnp.where(_is_target(targets_RC, head.shape[0]), logits_RCV, 0.0), axis=-1)
@@ -106,7 +119,7 @@ def _token_logps_fwd(source_RSD, head_VD, targets_RS):
     return _unchunk(logps), (source_RSD, head_VD, targets_RS, _unchunk(lse))
 
 
-def _token_logps_bwd(residuals, g_RS):
+def _token_logps_bwd(vocab, cap, residuals, g_RS):
     source_RSD, head_VD, targets_RS, lse_RS = residuals
     R, _, D = source_RSD.shape
     V, dtype = head_VD.shape[0], source_RSD.dtype
@@ -118,8 +131,9 @@ def _token_logps_bwd(residuals, g_RS):
 
     def chunk(dhead_GVD, inputs):
         x_RCD, targets_RC, lse_RC, g_RC = inputs
-        probs_RCV = jnp.exp(_logits(x_RCD, head) - lse_RC[..., None])
-        dlogits_RCV = (g_RC[..., None] * (_is_target(targets_RC, V) - probs_RCV)).astype(dtype)
+        logits_RCV, slopes_RCV = _logits(vocab, cap, x_RCD, head)
+        probs_RCV = jnp.exp(logits_RCV - lse_RC[..., None])
+        dlogits_RCV = (g_RC[..., None] * (_is_target(targets_RC, V) - probs_RCV) * slopes_RCV).astype(dtype)
         dx_RCD = jnp.einsum("RCV,VD->RCD", dlogits_RCV, head, preferred_element_type=jnp.float32).astype(dtype)
         grouped = (G, R // G * x_RCD.shape[1])
         dhead_GVD += jnp.einsum(

@@ -1,6 +1,7 @@
 """Everything that can be wrong with what a user gave, found before the first device computation."""
 
 import dataclasses
+import pathlib
 from typing import NamedTuple
 
 import jax
@@ -8,37 +9,83 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from repo_jax.config import Recipe
+from repo_jax.config import ModelSection, Recipe, RunSection
 from repo_jax.data.batches import steps_per_epoch
 from repo_jax.data.rows import RowShape, suggest_row_length, suggest_scored_length, too_long
 from repo_jax.data.store import TokenStore
 from repo_jax.losses import DEFAULT_LOSS, Loss, make_loss
 from repo_jax.models.config import DecoderConfig
 from repo_jax.models.decoder import Decoder, param_shapes
-from repo_jax.models.hf import TensorFiles, check_tensors
+from repo_jax.models.hub import check_push
+from repo_jax.models.lora import adapter_shapes
+from repo_jax.models.pretrained import Pretrained, open_model
 from repo_jax.sharding import batch_ways, make_mesh, param_shardings
-from repo_jax.stores import held_out_store, tokenizer_of, train_store
+from repo_jax.stores import held_out_store, model_files, tokenizer_of, train_store
 
 
 class Setup(NamedTuple):
     """A recipe whose every value has been looked at."""
 
-    recipe: Recipe  # with the loss's defaults and the dtype that auto stands for filled in
+    recipe: Recipe  # with the loss's defaults and the dtypes that auto stands for filled in
     loss: Loss
     hparams: dict[str, float]
-    cfg: DecoderConfig
+    pretrained: Pretrained
     tokenizer: object
     train: TokenStore | None
     held_out: TokenStore | None
     mesh: Mesh
     shape: RowShape
     total_steps: int
+    push_to: str | None = None  # ORG/NAME of the Hub
+
+    @property
+    def cfg(self) -> DecoderConfig:
+        return self.pretrained.cfg
 
     @property
     def model(self) -> Decoder:
-        one_cpu = self.mesh.size == 1 and jax.default_backend() == "cpu"
-        dtype = jnp.dtype(self.recipe.model.compute_dtype)
-        return Decoder(self.cfg, dtype, self.recipe.model.remat, attention="blocked" if one_cpu else "dense")
+        return decoder(self.recipe.model, self.cfg, self.mesh)
+
+    @property
+    def trained_shapes(self) -> dict:
+        """What an update changes: the model's parameters, or adapters over them."""
+        model = self.recipe.model
+        if model.use_peft:
+            return adapter_shapes(self.cfg, model.lora_r, model.lora_target_modules)
+        return param_shapes(self.cfg, model.param_dtype)
+
+    @property
+    def frozen_shapes(self) -> dict | None:
+        """What adapters lie over, with its shardings; None where all parameters are trained."""
+        if not self.recipe.model.use_peft:
+            return None
+        shapes = param_shapes(self.cfg, self.recipe.model.param_dtype)
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            *(shapes, param_shardings(shapes, self.mesh)),
+        )
+
+
+def decoder(model: ModelSection, cfg: DecoderConfig, mesh: Mesh) -> Decoder:
+    """The decoder in the form that is fastest there."""
+    one_cpu = mesh.size == 1 and jax.default_backend() == "cpu"
+    return Decoder(
+        cfg,
+        jnp.dtype(model.compute_dtype),
+        model.remat,
+        attention="blocked" if one_cpu else "dense",
+        lora_scale=model.lora_alpha / model.lora_r,
+        lora_dropout=model.lora_dropout if model.use_peft else 0.0,
+    )
+
+
+def with_dtypes(model: ModelSection, *, training: bool) -> ModelSection:
+    """The section with the dtypes that auto stands for on this machine."""
+    compute = compute_dtype(model.compute_dtype, jax.devices()[0])
+    kept = "float32" if training and not model.use_peft else compute
+    return dataclasses.replace(
+        model, compute_dtype=compute, param_dtype=kept if model.param_dtype == "auto" else model.param_dtype
+    )
 
 
 def compute_dtype(name: str, device) -> str:
@@ -56,8 +103,17 @@ def set_up(recipe: Recipe, *, training: bool) -> Setup:
     Raises ValueError or FileNotFoundError with a message that says what to change.
     """
     loss, hparams = make_loss(**recipe.loss)
-    cfg = DecoderConfig.from_hf(recipe.model.model_name_or_path)
-    check_tensors(TensorFiles(recipe.model.model_name_or_path), cfg)
+    pretrained = open_model(model_files(recipe, weights=True))
+    cfg = pretrained.cfg
+    if cfg.labels and (training or cfg.labels > 1):
+        kind = "reward model" if cfg.labels == 1 else f"classification model of {cfg.labels} labels"
+        raise ValueError(
+            f"'{recipe.model.model_name_or_path}' is a {kind}, which gives tokens no probability; give a language model"
+        )
+    if recipe.model.use_peft and recipe.model.lora_dropout and recipe.optim.mode == "two_pass":
+        raise ValueError(
+            f"lora_dropout={recipe.model.lora_dropout:g} would drop other inputs in each pass of mode two_pass; set it to 0, or mode to direct"
+        )
     tokenizer = tokenizer_of(recipe)
     if (largest := len(tokenizer)) > cfg.V:
         raise ValueError(
@@ -78,11 +134,28 @@ def set_up(recipe: Recipe, *, training: bool) -> Setup:
             )
     mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor)
     param_shardings(param_shapes(cfg), mesh)
+    if recipe.model.use_peft:
+        adapter_shapes(cfg, recipe.model.lora_r, recipe.model.lora_target_modules)
     shape = _row_shape(recipe, [store for store in (train, held_out) if store is not None], mesh)
     total_steps = _total_steps(recipe, train) if training else 0
-    model = dataclasses.replace(recipe.model, compute_dtype=compute_dtype(recipe.model.compute_dtype, jax.devices()[0]))
-    recipe = dataclasses.replace(recipe, model=model, loss={"loss_type": DEFAULT_LOSS} | recipe.loss | hparams)
-    return Setup(recipe, loss, hparams, cfg, tokenizer, train, held_out, mesh, shape, total_steps)
+    recipe = dataclasses.replace(
+        recipe,
+        model=with_dtypes(recipe.model, training=training),
+        loss={"loss_type": DEFAULT_LOSS} | recipe.loss | hparams,
+    )
+    push_to = _push_to(recipe.run) if training else None
+    return Setup(recipe, loss, hparams, pretrained, tokenizer, train, held_out, mesh, shape, total_steps, push_to)
+
+
+def _push_to(run: RunSection) -> str | None:
+    """Where the model goes in the end, made sure of before the run begins."""
+    if not run.push_to_hub:
+        if given := [name for name in ("hub_model_id", "hub_revision", "hub_private_repo") if getattr(run, name)]:
+            raise ValueError(
+                f"{' and '.join(given)} given without push_to_hub: true, so nothing would be pushed; add it"
+            )
+        return None
+    return check_push(run.hub_model_id or pathlib.Path(run.output_dir).absolute().name)
 
 
 def _row_shape(recipe: Recipe, stores: list[TokenStore], mesh: Mesh) -> RowShape:

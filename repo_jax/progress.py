@@ -16,6 +16,7 @@ from repo_jax.config import DataSection
 from repo_jax.data.batches import steps_per_epoch
 from repo_jax.data.schema import PairTokens
 from repo_jax.evaluation import Evaluation
+from repo_jax.models.decoder import param_shapes
 from repo_jax.optimizer import learning_rate
 from repo_jax.preparation import Setup
 from repo_jax.run_folder import read_metrics, write_whole
@@ -115,6 +116,13 @@ def describe(setup: Setup) -> str:
     lines = [
         f"{recipe.loss['loss_type']} ({objective}) on {recipe.model.model_name_or_path}, in {recipe.model.compute_dtype}"
     ]
+    if recipe.model.use_peft:
+        trained, whole = (
+            sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (setup.trained_shapes, param_shapes(setup.cfg))
+        )
+        lines.append(
+            f"adapters: rank {recipe.model.lora_r}, alpha {recipe.model.lora_alpha:g}; {trained:,} parameters are trained over {whole:,}"
+        )
     for name, store in (("training", setup.train), ("held-out", setup.held_out)):
         if store is not None:
             lines.append(f"{name}: {len(store)} pairs of {store.name} ({store.schema})")

@@ -19,7 +19,8 @@ FREE = {
     "optim": {"mode"},
     "model": {"remat"},
     "mesh": {"data", "fsdp", "tensor"},
-    "run": {"output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit"},
+    "run": {"output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit"}
+    | {"push_to_hub", "hub_model_id", "hub_revision", "hub_private_repo"},
 }
 
 
@@ -29,7 +30,8 @@ def claim(setup: Setup) -> None:
     Raises ValueError naming what differs when the folder holds a run of another recipe or other data.
     """
     recipe, folder = setup.recipe, pathlib.Path(setup.recipe.run.output_dir)
-    check_output(folder / "hf")
+    for name in ("hf", "adapter"):
+        check_output(folder / name)
     identity = {
         "recipe": _fixed(recipe),
         "data": {"train": setup.train.key, "held_out": setup.held_out and setup.held_out.key},
@@ -47,7 +49,7 @@ def claim(setup: Setup) -> None:
         )
     folder.mkdir(parents=True, exist_ok=True)
     if not claimed.exists():
-        write_base(recipe.model.model_name_or_path, setup.tokenizer, folder / "base")
+        write_base(setup.pretrained.files, setup.cfg, setup.tokenizer, folder / "base")
         write_whole(claimed, yaml.safe_dump(identity, sort_keys=False, allow_unicode=True))
     write_whole(folder / "recipe.yaml", dump_recipe(recipe))
 

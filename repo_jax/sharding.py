@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
 
+STACKS = ("layers_L/", "rest_L/")  # below these every parameter has one more axis, L, in front
 # A parameter's name ends in its axes (q_DNH, down_FD). This table places each axis;
 # an axis that is absent stays whole on every device.
 PLACEMENT = {"D": "fsdp", "F": "tensor", "N": "tensor", "K": "tensor", "V": "tensor"}
@@ -45,7 +46,7 @@ def batch_ways(mesh: Mesh) -> int:
 
 def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     """param_spec('layers_L/attn/q_DNH', ...) -> P(None, 'fsdp', 'tensor', None)."""
-    stacked = "L" if path.startswith("layers_L/") else ""
+    stacked = "L" if path.startswith(STACKS) else ""
     axes = stacked + path.rsplit("_", 1)[-1]
     if len(axes) != len(shape):
         raise ValueError(f"parameter '{path}' names axes {axes} but has shape {shape}")

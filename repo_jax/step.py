@@ -20,8 +20,9 @@ from repo_jax.logps import pair_logps
 from repo_jax.losses import Loss, PairLogps
 from repo_jax.metrics import preference_metrics
 from repo_jax.models.decoder import Decoder
+from repo_jax.optimizer import apply_updates
 from repo_jax.sharding import BATCH
-from repo_jax.state import TrainState
+from repo_jax.state import TrainState, variables_of
 
 
 def place(batch: RowBatch, mesh: Mesh) -> RowBatch:
@@ -49,29 +50,37 @@ def add(one, other):
     return jax.tree.map(jnp.add, one, other)
 
 
-def score(pairs: PairLogps, params: dict, batch: RowBatch, *, model: Decoder) -> PairLogps:
+def score(pairs: PairLogps, variables: dict, batch: RowBatch, *, model: Decoder) -> PairLogps:
     """The pairs so far and those of this batch; a pair is in exactly one batch, so sums put them together."""
-    return add(pairs, pair_logps(model, params, batch))
+    return add(pairs, pair_logps(model, variables, batch))
 
 
 def add_direct(
-    gathered: Gathered, params: dict, batch: RowBatch, hparams: dict, *, model: Decoder, loss: Loss
+    gathered: Gathered,
+    params: dict,
+    frozen: dict | None,
+    batch: RowBatch,
+    hparams: dict,
+    dropout,
+    *,
+    model: Decoder,
+    loss: Loss,
 ) -> Gathered:
     """Forward and backward of the loss over the pairs of this batch. Divides by B, the pairs of the global batch."""
 
     def objective(params):
-        pairs = pair_logps(model, params, batch)
+        pairs = pair_logps(model, variables_of(params, frozen), batch, dropout=dropout)
         return jnp.sum(loss.fn(pairs, **hparams), where=batch.filled_B) / len(batch.filled_B), pairs
 
     grads, pairs = jax.grad(objective, has_aux=True)(params)
     return add(gathered, Gathered(grads, pairs))
 
 
-def add_weighted(grads: dict, params: dict, batch: RowBatch, slopes_B2, *, model: Decoder) -> dict:
+def add_weighted(grads: dict, params: dict, frozen: dict | None, batch: RowBatch, slopes_B2, *, model: Decoder) -> dict:
     """Backward of a log-likelihood weighted by constant slopes: the chain rule's second half."""
 
     def objective(params):
-        return jnp.sum(slopes_B2 * pair_logps(model, params, batch).logps_B2)
+        return jnp.sum(slopes_B2 * pair_logps(model, variables_of(params, frozen), batch).logps_B2)
 
     return add(grads, jax.grad(objective)(params))
 
@@ -90,7 +99,7 @@ def weigh(pairs: PairLogps, hparams: dict, *, loss: Loss) -> tuple[jax.Array, di
 def update(state: TrainState, grads: dict, *, optimizer: optax.GradientTransformation) -> tuple[TrainState, jax.Array]:
     """The new state and the gradient's norm before clipping."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params = apply_updates(state.params, updates, step=state.step)
     return TrainState(state.step + 1, params, opt_state), optax.tree.norm(grads)
 
 
@@ -105,12 +114,12 @@ class Scorer:
         self._weigh = jax.jit(functools.partial(weigh, loss=loss), out_shardings=everywhere)
         self.no_pairs = jax.jit(no_pairs, static_argnums=0, out_shardings=everywhere)
 
-    def __call__(self, params: dict, batches: Sequence[RowBatch]) -> PairLogps:
+    def __call__(self, variables: dict, batches: Sequence[RowBatch]) -> PairLogps:
         """The log-probs of every pair in the batches, which share one numbering of pairs."""
         with jax.set_mesh(self.mesh):
             pairs = self.no_pairs(len(batches[0].filled_B))
             for batch in batches:
-                pairs = self._score(pairs, params, place(batch, self.mesh))
+                pairs = self._score(pairs, variables, place(batch, self.mesh))
         return pairs
 
     def weigh(self, pairs: PairLogps) -> tuple[jax.Array, dict]:
@@ -123,12 +132,31 @@ class TrainStep:
 
     direct: forward and backward of every row, once. two_pass: score every row; weigh all pairs of the global batch together;
     pack only the answers whose slope is not 0 into rows again and run forward and backward for those.
+
+    `frozen` are the parameters under the adapters that are trained, None where all parameters are. `seed` decides what the
+    adapters' dropout drops, which depends also on the update and on how pairs lie in rows.
     """
 
-    def __init__(self, scorer: Scorer, model: Decoder, loss: Loss, optimizer, shardings: TrainState, *, mode: str):
+    def __init__(
+        self,
+        scorer: Scorer,
+        model: Decoder,
+        loss: Loss,
+        optimizer,
+        shardings: TrainState,
+        *,
+        mode: str,
+        frozen: dict | None = None,
+        seed: int = 0,
+    ):
         everywhere = NamedSharding(scorer.mesh, P())
-        self._scorer, self._mode = scorer, mode
-        self._zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), out_shardings=shardings.params)
+        self._scorer, self._mode, self._frozen = scorer, mode, frozen
+        self._dropout = jax.device_put(jax.random.key(seed), everywhere) if model.lora_dropout else None
+        self._fold = jax.jit(jax.random.fold_in, out_shardings=everywhere)
+        self._zeros = jax.jit(
+            lambda params: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params),
+            out_shardings=shardings.params,
+        )
         self._add_direct = jax.jit(
             functools.partial(add_direct, model=model, loss=loss),
             donate_argnums=0,
@@ -141,31 +169,38 @@ class TrainStep:
             functools.partial(update, optimizer=optimizer), donate_argnums=0, out_shardings=(shardings, everywhere)
         )
 
-    def mean_grads(self, params: dict, pairs: Sequence[PairTokens]) -> tuple[dict, dict]:
-        """The gradient of the mean loss over the pairs, float32, and metrics: device scalars that need not be waited for."""
-        scorer = self._scorer
+    def mean_grads(self, params: dict, pairs: Sequence[PairTokens], *, update=0) -> tuple[dict, dict]:
+        """The gradient of the mean loss over the pairs, float32, and metrics: device scalars that need not be waited for.
+
+        `update` is the number of the update, from 0.
+        """
+        scorer, frozen = self._scorer, self._frozen
         batches = row_batches(pairs, scorer.shape)
         with jax.set_mesh(scorer.mesh):
             grads = self._zeros(params)
             if self._mode == "direct":
                 gathered = Gathered(grads, scorer.no_pairs(len(pairs)))
-                for batch in batches:
-                    gathered = self._add_direct(gathered, params, place(batch, scorer.mesh), scorer.hparams)
+                dropout = None if self._dropout is None else self._fold(self._dropout, update)
+                for i, batch in enumerate(batches):
+                    key = None if dropout is None else self._fold(dropout, i)
+                    gathered = self._add_direct(
+                        gathered, params, frozen, place(batch, scorer.mesh), scorer.hparams, key
+                    )
                 grads = gathered.grads
                 _, metrics = scorer.weigh(gathered.pairs)
             else:
-                slopes_B2, metrics = scorer.weigh(scorer(params, batches))
+                slopes_B2, metrics = scorer.weigh(scorer(variables_of(params, frozen), batches))
                 # The one wait of this form: which answers to push back decides which rows there are.
                 wanted_B2 = np.asarray(jax.device_get(slopes_B2)) != 0
                 for batch in row_batches(pairs, scorer.shape, wanted_B2=wanted_B2):
-                    grads = self._add_weighted(grads, params, place(batch, scorer.mesh), slopes_B2)
+                    grads = self._add_weighted(grads, params, frozen, place(batch, scorer.mesh), slopes_B2)
         used = sum(pair.slots for pair in pairs)
         slots = len(batches) * scorer.shape.R * scorer.shape.T
         return grads, metrics | {"padding_fraction": 1 - used / slots}
 
     def __call__(self, state: TrainState, pairs: Sequence[PairTokens]) -> tuple[TrainState, dict]:
         """The state after one update, and the metrics; the state that came in is used up."""
-        grads, metrics = self.mean_grads(state.params, pairs)
+        grads, metrics = self.mean_grads(state.params, pairs, update=state.step)
         with jax.set_mesh(self._scorer.mesh):
             state, grad_norm = self._update(state, grads)
         return state, metrics | {"grad_norm": grad_norm}

@@ -1,4 +1,4 @@
-"""The token stores a recipe asks for; no jax, so that looking at data opens no devices."""
+"""The model files, tokenizer and token stores a recipe asks for; no jax, so that looking at data opens no devices."""
 
 import functools
 import json
@@ -9,17 +9,26 @@ from repo_jax.data import weights
 from repo_jax.data.chat import TokenOptions, load_tokenizer
 from repo_jax.data.sources import has_splits, open_source
 from repo_jax.data.store import TokenStore, is_prepared, open_prepared, open_store
+from repo_jax.models.hub import ModelFiles, find_model
+
+
+def model_files(recipe: Recipe, *, weights: bool = False) -> ModelFiles:
+    """Where the recipe's model lies, fetched if it is not here; without `weights` configuration and tokenizer are enough."""
+    model = recipe.model
+    return find_model(
+        model.model_name_or_path, revision=model.model_revision, cache_dir=recipe.data.cache_dir, weights=weights
+    )
 
 
 def tokenizer_of(recipe: Recipe):
     """The tokenizer of the recipe's model, with the recipe's chat template and end token."""
-    model = recipe.model
-    return load_tokenizer(model.model_name_or_path, chat_template=model.chat_template, eos_token=model.eos_token)
+    model, folder = recipe.model, model_files(recipe).tokenizer
+    return load_tokenizer(str(folder), chat_template=model.chat_template, eos_token=model.eos_token)
 
 
 def token_options(recipe: Recipe, *, training: bool) -> TokenOptions:
     """How the recipe wants its data tokenized; its model says how long a pair may be at most."""
-    data, positions = recipe.data, model_positions(recipe.model.model_name_or_path)
+    data, positions = recipe.data, model_positions(model_files(recipe).weights)
     max_length = data.max_length or positions
     if max_length is None:
         raise ValueError(f"'{recipe.model.model_name_or_path}' does not say how many positions it has; give max_length")
@@ -40,9 +49,9 @@ def token_options(recipe: Recipe, *, training: bool) -> TokenOptions:
     )
 
 
-def model_positions(folder: str) -> int | None:
+def model_positions(folder: pathlib.Path) -> int | None:
     """The longest sequence a checkpoint was built for; None for a folder that holds a tokenizer alone."""
-    file = pathlib.Path(folder) / "config.json"
+    file = folder / "config.json"
     return json.loads(file.read_text(encoding="utf-8")).get("max_position_embeddings") if file.is_file() else None
 
 

@@ -2,20 +2,22 @@
 
 import pathlib
 
+import jax
 import numpy as np
 
 from repo_jax.checkpoint import Checkpoints
-from repo_jax.config import Recipe, dump_recipe
+from repo_jax.config import Recipe
 from repo_jax.data.batches import batch_indices
 from repo_jax.evaluation import evaluate_pairs
-from repo_jax.export import export_model, model_card
-from repo_jax.models.hf import from_hf
+from repo_jax.export import card_of, export_adapter, export_model, merged, push_export
+from repo_jax.memory import explained, held_in_training
+from repo_jax.models.lora import init_adapters
 from repo_jax.optimizer import make_optimizer
 from repo_jax.preparation import Setup, set_up
 from repo_jax.progress import Log, describe, say
 from repo_jax.report import summary_text, write_report
 from repo_jax.run_folder import claim, read_metrics, read_results, save_evaluation
-from repo_jax.state import TrainState, initial_state, state_shapes, state_shardings
+from repo_jax.state import TrainState, initial_state, state_shapes, state_shardings, variables_of
 from repo_jax.step import Scorer, TrainStep
 
 
@@ -40,10 +42,22 @@ def run(setup: Setup) -> pathlib.Path:
     recipe, folder = setup.recipe, pathlib.Path(setup.recipe.run.output_dir)
     say(describe(setup))
     optimizer = make_optimizer(recipe.optim, setup.total_steps)
-    shapes = state_shapes(setup.cfg, optimizer)
+    shapes = state_shapes(setup.trained_shapes, optimizer)
     shardings = state_shardings(shapes, optimizer, setup.mesh)
+    with explained(recipe, setup.mesh, held_in_training(shapes, shardings, setup.frozen_shapes)):
+        return _run(setup, optimizer, shapes, shardings, folder)
+
+
+def _run(setup: Setup, optimizer, shapes: TrainState, shardings: TrainState, folder: pathlib.Path) -> pathlib.Path:
+    recipe = setup.recipe
+    frozen = setup.pretrained.params(setup.mesh, recipe.model.param_dtype) if recipe.model.use_peft else None
     scorer = Scorer(setup.model, setup.loss, setup.hparams, setup.mesh, setup.shape)
-    step = TrainStep(scorer, setup.model, setup.loss, optimizer, shardings, mode=recipe.optim.mode)
+    step = TrainStep(
+        *(scorer, setup.model, setup.loss, optimizer, shardings),
+        mode=recipe.optim.mode,
+        frozen=frozen,
+        seed=recipe.run.seed,
+    )
     with Checkpoints(folder, keep=recipe.run.save_total_limit) as checkpoints:
         start = checkpoints.latest() or 0
         if start:
@@ -52,19 +66,31 @@ def run(setup: Setup) -> pathlib.Path:
             )
             state = checkpoints.restore(start, shapes, shardings)
         else:
-            params = from_hf(recipe.model.model_name_or_path, setup.cfg, shardings.params)
+            if frozen is None:
+                params = setup.pretrained.params(setup.mesh, recipe.model.param_dtype)
+            else:
+                params = init_adapters(jax.random.key(recipe.run.seed), shapes.params, shardings.params)
             state = initial_state(params, optimizer, shardings)
             if setup.held_out is not None:
-                save_evaluation(folder, "before", evaluate_pairs(scorer, state.params, setup.held_out))
-        state = run_updates(setup, state, step, scorer, checkpoints, Log(setup, folder / "metrics.jsonl", start), start)
+                variables = variables_of(state.params, frozen)
+                save_evaluation(folder, "before", evaluate_pairs(scorer, variables, setup.held_out))
+        log = Log(setup, folder / "metrics.jsonl", start)
+        params = run_updates(setup, state, step, scorer, checkpoints, log, start, frozen).params
     if setup.held_out is not None:
-        save_evaluation(folder, "after", evaluate_pairs(scorer, state.params, setup.held_out))
-    finish(setup, state, folder)
+        save_evaluation(folder, "after", evaluate_pairs(scorer, variables_of(params, frozen), setup.held_out))
+    finish(setup, params, frozen, folder)
     return folder
 
 
 def run_updates(
-    setup: Setup, state: TrainState, step: TrainStep, scorer: Scorer, checkpoints: Checkpoints, log: Log, start: int
+    setup: Setup,
+    state: TrainState,
+    step: TrainStep,
+    scorer: Scorer,
+    checkpoints: Checkpoints,
+    log: Log,
+    start: int,
+    frozen: dict | None,
 ) -> TrainState:
     """Updates start .. total_steps - 1, with the evaluations and checkpoints that fall due."""
     run, total, size = setup.recipe.run, setup.total_steps, setup.recipe.optim.train_batch_size
@@ -77,7 +103,8 @@ def run_updates(
         state, metrics = step(state, pairs)
         log.update(k + 1, metrics, pairs)
         if setup.held_out is not None and run.eval_steps and (k + 1) % run.eval_steps == 0:
-            log.evaluated(lambda params=state.params: evaluate_pairs(scorer, params, setup.held_out))
+            variables = variables_of(state.params, frozen)
+            log.evaluated(lambda variables=variables: evaluate_pairs(scorer, variables, setup.held_out))
         if (k + 1) % run.save_steps == 0 or k + 1 == total:
             log.flush()  # what a checkpoint covers stands in the log before the checkpoint exists
             checkpoints.save(state, k + 1)
@@ -85,16 +112,19 @@ def run_updates(
     return state
 
 
-def finish(setup: Setup, state: TrainState, folder: pathlib.Path) -> None:
+def finish(setup: Setup, params: dict, frozen: dict | None, folder: pathlib.Path) -> None:
     """Exports, writes the report, and says what came of the run."""
     results = read_results(folder)
     margins = None
     if results is not None:
         margins = tuple(np.load(folder / f"margins_{when}.npy") for when in ("before", "after"))
-    card = model_card(dump_recipe(setup.recipe), base=setup.recipe.model.model_name_or_path, results=results)
-    difference = export_model(
-        state.params, setup.cfg, setup.mesh, base=folder / "base", output=folder / "hf", card=card
-    )
+    recipe, base = setup.recipe, folder / "base"
+    if frozen is not None:
+        card = card_of(recipe, base, results=results, adapter=True)
+        export_adapter(params, setup.cfg, model=recipe.model, base=base, output=folder / "adapter", card=card)
+        params = merged(frozen, params, recipe.model)
+    card = card_of(recipe, base, results=results, adapter=False)
+    difference = export_model(params, setup.cfg, setup.mesh, base=base, output=folder / "hf", card=card)
     report = write_report(
         folder,
         metrics=read_metrics(folder / "metrics.jsonl"),
@@ -106,4 +136,10 @@ def finish(setup: Setup, state: TrainState, folder: pathlib.Path) -> None:
     if results is not None:
         say(f"\n{results['pairs']} held-out pairs\n{summary_text(results['before'], results['after'])}\n")
     say(f"model   {folder / 'hf'}  (reloaded; log-probs within {difference:.1g} of the trained model's)")
+    if frozen is not None:
+        say(f"adapter {folder / 'adapter'}  (for PEFT)")
     say(f"report  {report}")
+    if setup.push_to is not None:
+        run = recipe.run
+        page = push_export(folder / "hf", setup.push_to, private=run.hub_private_repo, revision=run.hub_revision)
+        say(f"hub     {page}")

@@ -7,6 +7,7 @@ from examples import STORIES, stories
 
 from repo_jax.checkpoint import Checkpoints, restore_params
 from repo_jax.models.config import DecoderConfig
+from repo_jax.models.decoder import param_shapes
 from repo_jax.sharding import make_mesh
 from repo_jax.state import initial_state, state_shapes, state_shardings
 
@@ -15,7 +16,7 @@ OPTIMIZER = optax.adamw(1e-2)
 
 
 def state_on(mesh):
-    shapes = state_shapes(CFG, OPTIMIZER)
+    shapes = state_shapes(param_shapes(CFG), OPTIMIZER)
     shardings = state_shardings(shapes, OPTIMIZER, mesh)
     return initial_state(stories(mesh)[1], OPTIMIZER, shardings), shapes, shardings
 

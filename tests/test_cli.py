@@ -88,7 +88,7 @@ def test_the_flag_of_a_text_takes_it_as_it_stands(recipe, text):
 def test_evaluate_has_short_flags_for_model_and_data(recipe, refusal):
     # --data is the file here; the mesh's axis of that name goes by its full one.
     assert read("evaluate", recipe, "--data", "x.jsonl", "--mesh.data", "8").mesh.data == 8
-    assert refusal("evaluate", recipe, "--model", "nowhere").startswith("model_name_or_path='nowhere' is not a folder")
+    assert refusal("evaluate", recipe, "--model", "nowhere").startswith("'nowhere' is not a folder with a model")
     assert refusal("evaluate", recipe, "--data", "x.jsonl").startswith("'x.jsonl' is neither a file nor a folder;")
 
 
@@ -166,10 +166,17 @@ def test_a_value_of_the_wrong_kind_is_answered(recipe, refusal):
     )
 
 
+def test_a_moment_that_is_not_kept_is_answered(recipe, refusal):
+    assert read("train", recipe, "--optim", "adafactor").optim.optim == "adafactor"
+    assert refusal("train", recipe, "--optim", "adafactor", "--moment_dtype", "bfloat16") == (
+        "moment_dtype=bfloat16 but adafactor keeps no first moment; leave moment_dtype out"
+    )
+
+
 def test_a_model_folder_that_is_not_there_is_answered(recipe, refusal):
     assert refusal("train", recipe, "--model_name_or_path", "nowhere") == (
-        "model_name_or_path='nowhere' is not a folder with a config.json; "
-        "give the folder of a Hugging Face model (hf download ORG/NAME --local-dir FOLDER makes one)"
+        "'nowhere' is not a folder with a model, nor ORG/NAME as models are called on the Hub; give the folder of a Hugging Face "
+        "model (config.json, safetensors, tokenizer), a gs:// or s3:// URL of one, or ORG/NAME"
     )
 
 

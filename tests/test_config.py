@@ -14,7 +14,7 @@ from repo_jax.data.schema import SCHEMAS
 
 MODEL = "model: {model_name_or_path: some/model}\n"
 SECTION_NAMES = "model, data, loss, optim, mesh, run"
-RUN_FIELDS = "output_dir, seed, logging_steps, eval_steps, save_steps, save_total_limit"
+RUN_FIELDS = "output_dir, seed, logging_steps, eval_steps, save_steps, save_total_limit, push_to_hub, hub_model_id, hub_revision, hub_private_repo"
 
 
 @pytest.fixture
@@ -143,6 +143,8 @@ MISTAKES = {
     "learning_rate: 1": "recipe has no section 'learning_rate'; write it as optim.learning_rate",
     # choices
     "optim: {lr_scheduler_type: cos}": "recipe.optim.lr_scheduler_type='cos'; choose one of 'cosine', 'linear', 'constant'",
+    "optim: {optim: adamw_torch}": "recipe.optim.optim='adamw_torch'; choose one of 'adamw', 'adafactor', 'lion'",
+    "optim: {moment_dtype: float16}": "recipe.optim.moment_dtype='float16'; choose one of 'float32', 'bfloat16'",
     "model: {model_name_or_path: m, remat: true}": "recipe.model.remat=True; choose one of 'none', 'dots', 'full'",
     "data: {schema: pairs}": "recipe.data.schema='pairs'; choose one of 'auto', 'explicit', 'implicit', 'hh', 'unpaired', 'conversations'",
     "data: {on_bad_rows: drop}": "recipe.data.on_bad_rows='drop'; choose one of 'error', 'skip'",
@@ -174,6 +176,10 @@ MISTAKES = {
     "optim: 1e-6": "recipe.optim=1e-06; wanted a section, `optim:` with its fields indented below",
     "loss: repo": "recipe.loss='repo'; wanted a section, `loss:` with its fields indented below",
     "mesh: [1, 8]": "recipe.mesh=[1, 8]; wanted a section, `mesh:` with its fields indented below",
+    # moments
+    "optim: {optim: adafactor, moment_dtype: bfloat16}": "moment_dtype=bfloat16 but adafactor keeps no first moment; leave moment_dtype out",
+    "optim: {optim: lion, moment_dtype: bfloat16}": "moment_dtype=bfloat16 but adam_beta2=0.999: a moment that changes by less than 1/256 of itself does not change in bfloat16; lower adam_beta2 to at most 0.99, or leave moment_dtype out",
+    "optim: {adam_beta1: 0.999, moment_dtype: bfloat16}": "moment_dtype=bfloat16 but adam_beta1=0.999: a moment that changes by less than 1/256 of itself does not change in bfloat16; lower adam_beta1 to at most 0.99, or leave moment_dtype out",
     # the mesh
     "mesh: {data: -1}": "only one mesh axis may be -1, given data=-1 fsdp=-1 tensor=1; name a number for the others",
     "mesh: {tensor: 0}": "mesh.tensor=0; give a number of devices from 1, or -1 for those that are left",
@@ -215,6 +221,13 @@ def test_the_recipe_knows_every_schema_and_every_choice_of_the_token_options():
 @pytest.mark.parametrize(("text", "message"), MISTAKES.items(), ids=MISTAKES)
 def test_a_mistake_is_answered(refusal, text, message):
     assert refusal(text, model="" if text.startswith("model") else MODEL) == message
+
+
+@pytest.mark.parametrize(
+    "text", ["optim: adafactor", "optim: lion, adam_beta2: 0.99, moment_dtype: bfloat16", "moment_dtype: bfloat16"]
+)
+def test_every_optimizer_can_be_had(load, text):
+    assert load(f"optim: {{{text}}}").optim != OptimSection()
 
 
 @pytest.mark.parametrize("name", ["loss_type", "gamma", "beta"])

@@ -19,7 +19,7 @@ def evaluated(shape=SHAPE, mesh=None, loss="repo"):
     mesh = mesh or one_device()
     scorer = Scorer(Decoder(TINY, np.dtype("float32")), *make_loss(loss), mesh, shape)
     params = random_params(TINY)
-    return evaluate_pairs(scorer, jax.device_put(params, param_shardings(params, mesh)), PAIRS)
+    return evaluate_pairs(scorer, {"params": jax.device_put(params, param_shardings(params, mesh))}, PAIRS)
 
 
 @pytest.mark.parametrize("group", [1, 4, 21, 100])

@@ -9,15 +9,15 @@ from examples import ROOT
 
 # Within a layer a file may import those named before it.
 LAYERS = [
-    ["losses", "sharding", "models.config", "data.sources", "data.schema", "data.special", "data.template",
-     "data.official", "data.weights", "data.chat", "data.store"],
-    ["config", "models.attention", "models.hf", "data.rows", "data.batches"],
-    ["models.decoder", "optimizer", "stores"],
+    ["losses", "sharding", "models.config", "models.hub", "models.tensors", "data.sources", "data.schema", "data.special",
+     "data.template", "data.official", "data.weights", "data.chat", "data.store"],
+    ["config", "card", "models.attention", "models.hf", "data.rows", "data.batches"],
+    ["models.decoder", "models.lora", "models.pretrained", "optimizer", "stores"],
     ["logps", "state", "metrics"],
-    ["step", "checkpoint", "preparation"],
+    ["step", "checkpoint", "preparation", "generation", "memory", "rewards"],
     ["evaluation", "inspection", "export", "report"],
     ["run_folder", "progress"],
-    ["training"],
+    ["training", "answers"],
     ["cli"],
     ["__main__", "__init__"],
 ]  # fmt: skip

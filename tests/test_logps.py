@@ -23,7 +23,7 @@ def scored(model, params, pairs, shape=SHAPE):
     @jax.jit
     def one(params, batch):
         def objective(params):
-            result = pair_logps(model, params, batch)
+            result = pair_logps(model, {"params": params}, batch)
             return (mixture * result.logps_B2).sum(), result
 
         return jax.grad(objective, has_aux=True)(params)
@@ -58,6 +58,28 @@ def test_chunked_head_equals_log_softmax_of_all_logits_in_value_and_gradient(S):
 
     for ours, plain in zip(of(token_logps), of(naive_token_logps), strict=True):
         np.testing.assert_allclose(ours, plain, rtol=2e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_rows_that_pad_the_vocabulary_and_the_soft_cap_are_those_of_the_plain_form(cap):
+    rng = np.random.default_rng(0)
+    source, head = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 9, 16), (64, 16)))
+    targets, weights = jnp.asarray(rng.integers(50, size=(2, 9))), jnp.asarray(rng.normal(size=(2, 9)), jnp.float32)
+
+    def naive(x, w):
+        logits = jnp.einsum("RSD,VD->RSV", x, w[:50])
+        logits = logits if cap is None else cap * jnp.tanh(logits / cap)
+        return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+
+    def of(fn):
+        return jax.tree.leaves(
+            jax.value_and_grad(lambda x, w: (weights * fn(x, w)).sum(), argnums=(0, 1))(source, head)
+        )
+
+    ours = of(lambda x, w: token_logps(x, w, targets, vocab=50, cap=cap))
+    for mine, plain in zip(ours, of(naive), strict=True):
+        np.testing.assert_allclose(mine, plain, rtol=2e-5, atol=1e-5)
+    assert not ours[2][50:].any()
 
 
 def arrays_of(jaxpr):
@@ -103,7 +125,7 @@ def test_float32_log_probs_of_the_real_model_equal_its_reference():
         source = jnp.take_along_axis(hidden, batch.sources_RS[..., None], axis=1)
         ours = np.asarray(token_logps(source, params["embed_VD"], batch.targets_RS))[0, : len(ids) - 1]
         np.testing.assert_allclose(ours, sequence["logprob"], atol=1e-4)
-        result = pair_logps(model, params, batch)
+        result = pair_logps(model, {"params": params}, batch)
         np.testing.assert_allclose(result.mean_B2[0, 0], sequence["mean_logprob"], atol=1e-4)
 
 
@@ -118,7 +140,7 @@ def test_the_numpy_oracle_agrees_with_the_reference_too():
 def test_a_packed_pair_scores_as_each_answer_alone_after_its_prompt():
     cfg, params = stories()
     pairs = [p._replace(prompt=np.r_[np.int32(1), p.prompt]) for p in random_pairs(3, V=cfg.V, most=8)]
-    result = pair_logps(Decoder(cfg, jnp.float32), params, row_batches(pairs, SHAPE)[0])
+    result = pair_logps(Decoder(cfg, jnp.float32), {"params": params}, row_batches(pairs, SHAPE)[0])
     for number, pair in enumerate(pairs):
         for side, branch in enumerate(pair.branches):
             alone = next_token_logps(STORIES, np.concatenate([pair.prompt, branch]))[len(pair.prompt) - 1 :]
@@ -151,7 +173,7 @@ def test_a_shared_prompt_equals_a_prompt_per_answer():
 
     def grads_of(batches):
         def objective(params):
-            results = [pair_logps(model, params, batch) for batch in batches]
+            results = [pair_logps(model, {"params": params}, batch) for batch in batches]
             return sum((mixture * r.logps_B2).sum() for r in results), sum(r.logps_B2 for r in results)
 
         return jax.grad(objective, has_aux=True)(params)
@@ -169,7 +191,9 @@ def test_tokens_that_are_not_scored_are_read():
     model = Decoder(TINY, jnp.float32)
     pair = pair_of(rng, (5, 6, 4), V=TINY.V, masks=[[0, 0, 1, 1, 1, 1], [1, 1, 1, 1]])
     longer_prompt = tokens(np.concatenate([pair.prompt, pair.chosen[:2]]), pair.chosen[2:], pair.rejected)
-    results = [pair_logps(model, params, row_batches([p], RowShape(1, 32, 16))[0]) for p in (pair, longer_prompt)]
+    results = [
+        pair_logps(model, {"params": params}, row_batches([p], RowShape(1, 32, 16))[0]) for p in (pair, longer_prompt)
+    ]
     np.testing.assert_allclose(results[0].logps_B2[0, 0], results[1].logps_B2[0, 0], rtol=1e-5)
     assert results[0].lengths_B2.tolist() == [[4, 4]]
 
@@ -177,7 +201,7 @@ def test_tokens_that_are_not_scored_are_read():
 def test_an_answer_scored_in_pieces_sums_those_after_all_that_stands_before_them():
     cfg, params = stories()
     pair = tokens([1, 20, 30], [40, 50, 60, 70, 80], [90, 100], masks=[[1, 0, 0, 1, 1], [0, 1]])
-    result = pair_logps(Decoder(cfg, jnp.float32), params, row_batches([pair], RowShape(1, 16, 8))[0])
+    result = pair_logps(Decoder(cfg, jnp.float32), {"params": params}, row_batches([pair], RowShape(1, 16, 8))[0])
     for side, (branch, mask) in enumerate(zip(pair.branches, pair.masks, strict=True)):
         alone = next_token_logps(STORIES, np.concatenate([pair.prompt, branch]))[len(pair.prompt) - 1 :]
         np.testing.assert_allclose(result.logps_B2[0, side], alone[mask].sum(), rtol=1e-5, atol=1e-4)
@@ -189,7 +213,7 @@ def test_an_unpaired_row_scores_its_one_answer():
     empty = {"rejected": pairs[0].rejected[:0], "rejected_mask": pairs[0].rejected_mask[:0]}
     model = Decoder(TINY, jnp.float32)
     paired, unpaired = (
-        pair_logps(model, params, row_batches([first, pairs[1]], SHAPE)[0])
+        pair_logps(model, {"params": params}, row_batches([first, pairs[1]], SHAPE)[0])
         for first in (pairs[0], pairs[0]._replace(**empty))
     )
     assert unpaired.lengths_B2.tolist() == [[len(pairs[0].chosen), 0], paired.lengths_B2[1].tolist()]
@@ -253,7 +277,7 @@ def test_rows_batches_and_padding_change_no_weighted_value_or_gradient():
 def test_an_answer_that_is_in_no_row_has_sum_and_length_zero():
     params, pairs = random_params(TINY), random_pairs(2, V=TINY.V)
     wanted = np.array([[True, False], [False, False]])
-    result = pair_logps(Decoder(TINY, jnp.float32), params, row_batches(pairs, SHAPE, wanted_B2=wanted)[0])
+    result = pair_logps(Decoder(TINY, jnp.float32), {"params": params}, row_batches(pairs, SHAPE, wanted_B2=wanted)[0])
     assert result.lengths_B2.tolist() == [[len(pairs[0].chosen), 0], [0, 0]]
     assert (np.asarray(result.logps_B2) != 0).tolist() == [[True, False], [False, False]]
 

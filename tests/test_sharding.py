@@ -79,7 +79,7 @@ def test_scoring_rows_with_whole_weights_communicates_sums_only():
     params = jax.device_put(random_params(TINY), param_shardings(param_shapes(TINY), mesh))
     batch = place(row_batches(random_pairs(16, V=TINY.V), RowShape(8, 64, 64))[0], mesh)
     with jax.set_mesh(mesh):
-        text = jax.jit(lambda p, b: pair_logps(model, p, b)).lower(params, batch).compile().as_text()
+        text = jax.jit(lambda p, b: pair_logps(model, {"params": p}, b)).lower(params, batch).compile().as_text()
     collectives = [line for line in text.splitlines() if any(f" {op}(" in line for op in COLLECTIVES)]
     assert collectives and all("all-reduce" in line and "[32]" in line for line in collectives), collectives
 

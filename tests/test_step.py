@@ -13,7 +13,7 @@ from examples import one_device, pair_of, stories
 from repo_jax.data.rows import RowShape, row_batches
 from repo_jax.data.weights import ld, temporal_decay
 from repo_jax.losses import make_loss
-from repo_jax.models.decoder import Decoder
+from repo_jax.models.decoder import Decoder, param_shapes
 from repo_jax.sharding import make_mesh
 from repo_jax.state import TrainState, initial_state, state_shapes, state_shardings
 from repo_jax.step import Scorer, TrainStep
@@ -40,7 +40,7 @@ def make_step(loss_type="repo", *, mesh=None, shape=None, mode="direct", optimiz
     loss, hparams = make_loss(loss_type, **(LOSSES[loss_type] | hparams))
     model = Decoder(cfg, jnp.float32)
     optimizer = optimizer or optax.sgd(1.0)
-    shapes = state_shapes(cfg, optimizer)
+    shapes = state_shapes(param_shapes(cfg), optimizer)
     shardings = state_shardings(shapes, optimizer, mesh)
     scorer = Scorer(model, loss, hparams, mesh, shape or RowShape(rows, 128, 96))
     return TrainStep(scorer, model, loss, optimizer, shardings, mode=mode), params, optimizer, shardings
@@ -68,7 +68,7 @@ def assert_equals_reference(loss_type, grads, metrics):
 
 def test_the_fixture_keeps_clear_of_gamma_and_has_pairs_on_both_sides():
     step, params, _, _ = make_step()
-    pairs = step._scorer(params, row_batches(sixteen_pairs(), RowShape(1, 128, 96)))
+    pairs = step._scorer({"params": params}, row_batches(sixteen_pairs(), RowShape(1, 128, 96)))
     margins = np.asarray(pairs.mean_margin_B)
     assert (np.abs(margins - 0.5) > 1e-3).all()
     assert 2 <= (margins < 0.5).sum() <= 14
@@ -88,7 +88,7 @@ def test_the_loss_and_gradient_are_those_of_a_plain_mean():
     def objective(params):
         ones, positions = jnp.ones_like(tokens), jnp.broadcast_to(slots, tokens.shape)
         hidden = Decoder(cfg, jnp.float32).apply({"params": params}, tokens, positions, ones, ones)
-        logps = jax.nn.log_softmax(hidden[:, :-1] @ params["embed_VD"].T)
+        logps = jax.nn.log_softmax(hidden[:, :-1] @ params["embed_VD"][: cfg.V].T)
         picked = jnp.take_along_axis(logps, tokens[:, 1:, None], axis=-1)[..., 0]
         means = ((picked * answer).sum(axis=1) / answer.sum(axis=1)).reshape(16, 2)
         return jax.nn.relu(0.5 - (means[:, 0] - means[:, 1])).mean()
@@ -124,7 +124,7 @@ def test_two_pass_pushes_back_only_the_answers_whose_slope_is_not_zero(monkeypat
     pushed = []
     original = step._add_weighted
     monkeypatch.setattr(
-        step, "_add_weighted", lambda *args: pushed.append(np.asarray(args[2].filled_B)) or original(*args)
+        step, "_add_weighted", lambda *args: pushed.append(np.asarray(args[3].filled_B)) or original(*args)
     )
     _, metrics = step.mean_grads(params, sixteen_pairs())
     assert sum(filled.sum() for filled in pushed) == round(float(metrics["active_fraction"]) * 16) < 16

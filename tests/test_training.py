@@ -1,14 +1,17 @@
 """Whole runs of the real model on a few real pairs, through the command line."""
 
+import dataclasses
 import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -16,7 +19,9 @@ import yaml
 from examples import ASSETS, ROOT, STORIES
 
 from repo_jax.cli import main
+from repo_jax.config import leaf_fields, load_recipe
 from repo_jax.run_folder import read_metrics
+from repo_jax.training import train
 
 STEPS, SAVE = 12, 5
 
@@ -241,3 +246,127 @@ def test_export_refuses_a_folder_that_is_no_model_and_a_checkpoint_that_is_none(
     for other in (tmp_path, unbroken[0] / "hf", unbroken[0] / "base"):
         error = refused(capsys, "export", "--checkpoint", other, "--output", tmp_path / "out")
         assert "is not a checkpoint-N folder" in error
+
+
+# Adapters
+
+
+LORA = ["--use_peft", "true", "--lora_target_modules", "q_proj,down_proj", "--lora_r", "4", "--lora_alpha", "8"]
+LORA += ["--learning_rate", "1e-2", "--max_steps", "4", "--save_steps", "2"]
+
+
+@pytest.fixture(scope="module")
+def adapted(recipe, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "adapted"
+    return run, finished(command(recipe, run, *LORA))
+
+
+def load(folder, name="model.safetensors"):
+    return safetensors.numpy.load_file(folder / name)
+
+
+def test_a_run_with_adapters_exports_them_and_the_model_they_amount_to(adapted):
+    run, output = adapted
+    assert "adapters: rank 4, alpha 8; 7,280 parameters are trained over 260,032" in output
+    adapter = {
+        k.removeprefix("base_model.model."): v for k, v in load(run / "adapter", "adapter_model.safetensors").items()
+    }
+    before, after = load(STORIES), load(run / "hf")
+    for name, weight in before.items():
+        module = name.removesuffix(".weight")
+        if module.endswith(("q_proj", "down_proj")):
+            a, b = (adapter.pop(f"{module}.lora_{side}.weight").astype(np.float64) for side in "AB")
+            assert np.abs(b).max() > 0
+            np.testing.assert_allclose(after[name], weight + 8 / 4 * b @ a, atol=1e-6)
+        else:
+            assert after[name].tobytes() == weight.tobytes()
+    assert not adapter
+
+
+def test_a_run_with_adapters_goes_on_bit_for_bit(recipe, adapted, tmp_path):
+    run = shutil.copytree(adapted[0], tmp_path / "run")
+    for name in ("checkpoint-4", "hf", "adapter"):
+        shutil.rmtree(run / name)
+    output = finished(command(recipe, run, *LORA))
+    assert "checkpoint-2: 2 of 4 updates are left" in output
+    for name in ("hf/model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (run / name).read_bytes() == (adapted[0] / name).read_bytes()
+
+
+def test_an_adapter_folder_is_a_model_to_evaluate(recipe, adapted, capsys):
+    data = yaml.safe_load(recipe.read_text())["data"]
+    wanted = json.loads((adapted[0] / "eval_results.json").read_text())["after"]
+    flags = ["--data", f"{data['dataset_name']}/test.jsonl", "--cache_dir", data["cache_dir"], "--gamma", "1"]
+    assert main(["evaluate", "--model", str(adapted[0] / "adapter"), *flags]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {name: found[name] for name in wanted} == pytest.approx(wanted, abs=1e-5)
+
+
+def test_export_writes_the_adapter_or_the_model_of_any_checkpoint(adapted, unbroken, tmp_path, capsys):
+    run, checkpoint = adapted[0], str(adapted[0] / "checkpoint-4")
+    assert main(["export", "--checkpoint", checkpoint, "--output", str(tmp_path / "adapter"), "--adapter"]) == 0
+    ours, theirs = (load(folder, "adapter_model.safetensors") for folder in (tmp_path / "adapter", run / "adapter"))
+    assert ours.keys() == theirs.keys() and all(ours[name].tobytes() == theirs[name].tobytes() for name in ours)
+    flags = ["--dtype", "bfloat16", "--max_shard_size", "300KB"]
+    assert main(["export", "--checkpoint", checkpoint, "--output", str(tmp_path / "hf"), *flags]) == 0
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
+    shards = sorted(tmp_path.glob("hf/model-*.safetensors"))
+    assert len(shards) == 2 and all(shard.stat().st_size < 305_000 for shard in shards)
+    whole = load(run / "hf")
+    for shard in shards:
+        for name, tensor in safetensors.numpy.load_file(shard).items():
+            assert tensor.tobytes() == whole[name].astype(ml_dtypes.bfloat16).tobytes()
+    capsys.readouterr()
+    error = refused(
+        capsys, "export", "--adapter", "--checkpoint", unbroken[0] / "checkpoint-12", "--output", tmp_path / "x"
+    )
+    assert "is of a run without use_peft; leave it out" in error
+
+
+def test_dropout_of_adapters_is_the_same_in_a_run_that_goes_on_and_needs_direct(recipe, tmp_path, capsys):
+    flags = [*LORA, "--lora_dropout", "0.5"]
+    first, second = (load_recipe(recipe, overrides(flags, tmp_path / name)) for name in ("first", "second"))
+    train(first)
+    train(dataclasses.replace(second, run=dataclasses.replace(second.run, save_steps=3)))
+    shutil.rmtree(tmp_path / "second" / "checkpoint-4")
+    train(dataclasses.replace(second, run=dataclasses.replace(second.run, save_steps=3)))
+    ours, theirs = (
+        (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("first", "second")
+    )
+    assert ours == theirs
+    logged = lines(tmp_path / "first")
+    assert logged[0]["loss"] != pytest.approx(
+        json.loads((tmp_path / "first" / "eval_results.json").read_text())["before"]["loss"]
+    )
+    error = refused(capsys, "train", recipe, *flags, "--mode", "two_pass", "--output_dir", tmp_path / "third")
+    assert (
+        "lora_dropout=0.5 would drop other inputs in each pass of mode two_pass; set it to 0, or mode to direct"
+        in error
+    )
+
+
+def overrides(flags, folder) -> dict:
+    names = {leaf: f"{section}.{leaf}" for leaf, (section, _) in leaf_fields().items()}
+    given = {names[flag[2:]]: value for flag, value in zip(flags[::2], flags[1::2], strict=True)}
+    return {name: yaml.safe_load(value) for name, value in given.items()} | {"run.output_dir": str(folder)}
+
+
+def test_parameters_in_bfloat16_train_too(recipe, tmp_path):
+    flags = [
+        "--param_dtype",
+        "bfloat16",
+        "--moment_dtype",
+        "bfloat16",
+        "--adam_beta2",
+        "0.99",
+        "--optim",
+        "lion",
+        "--learning_rate",
+        "1e-4",
+    ]
+    finished(command(recipe, tmp_path / "run", *flags, "--max_steps", "4"))
+    before, after = load(STORIES), load(tmp_path / "run" / "hf")
+    rounded = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in after.items()}
+    assert all((rounded[name].astype(np.float32) == after[name]).all() for name in after)
+    moved = np.concatenate([(after[name] - before[name].astype(ml_dtypes.bfloat16)).ravel() for name in after])
+    assert np.abs(moved).max() > 0 and (moved != 0).mean() > 0.01

@@ -15,7 +15,7 @@ from repo_jax.data.rows import RowShape, row_batches, suggest_row_length
 from repo_jax.data.schema import PairTokens, PreferenceExample
 from repo_jax.losses import make_loss
 from repo_jax.models.config import DecoderConfig
-from repo_jax.models.decoder import Decoder
+from repo_jax.models.decoder import Decoder, param_shapes
 from repo_jax.models.hf import from_hf, hf_tensors
 from repo_jax.optimizer import make_optimizer
 from repo_jax.state import initial_state, state_shapes, state_shardings
@@ -110,7 +110,7 @@ def ours(request, trl) -> tuple[list[dict], dict[str, np.ndarray]]:
     cfg, mesh = DecoderConfig.from_hf(STORIES), one_device()
     loss, hparams = make_loss("simpo", beta=BETA, gamma=GAMMA)
     model, optimizer = Decoder(cfg, jnp.float32), make_optimizer(OptimSection(**OPTIM, warmup_ratio=0.0), UPDATES)
-    shardings = state_shardings(state_shapes(cfg, optimizer), optimizer, mesh)
+    shardings = state_shardings(state_shapes(param_shapes(cfg), optimizer), optimizer, mesh)
     pairs = trl.pairs[: UPDATES * PAIRS]
     T = suggest_row_length(np.array([pair.slots for pair in pairs]))
     scorer = Scorer(model, loss, hparams, mesh, RowShape(R=1, T=T, S=T))

@@ -1,19 +1,27 @@
-"""The decoder: token ids in packed rows to hidden states. The output head belongs to logps.py.
+"""The decoder: token ids to hidden states, in packed rows or with a cache of keys and values. The output head belongs to logps.py.
 
 Axis letters: B sequences (packed rows), T token slots, S keys, D width, F MLP width, N query heads, K key/value heads,
-H head size, V vocabulary, L layers.
+H head size, h = H // 2, V vocabulary, L layers, Y labels, r rank of an adapter.
 """
+
+import functools
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from repo_jax.models.attention import ATTENTION, rope, visible
+from repo_jax.models.attention import ATTENTION, rotate, rotations, soften, visible, visible_cached
 from repo_jax.models.config import DecoderConfig
 from repo_jax.sharding import BATCH, constrain
 
 INIT = nn.initializers.normal(0.02)
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 # What the backward pass finds stored; the rest it computes again.
 REMAT = {
@@ -23,99 +31,242 @@ REMAT = {
 }
 
 
-def rms_norm(x_BTD, scale_D, *, eps: float):
-    """Root-mean-square norm (arXiv:1910.07467); the mean runs in float32."""
-    x32_BTD = x_BTD.astype(jnp.float32)
-    normed_BTD = x32_BTD * jax.lax.rsqrt(jnp.mean(x32_BTD**2, axis=-1, keepdims=True) + eps)
-    return (normed_BTD * scale_D[None, None]).astype(x_BTD.dtype)
+class View(NamedTuple):
+    """What a kind of layer (plain, or of one window) sees of where the tokens stand; the same for all layers of the kind."""
+
+    cos_BT1h: jax.Array
+    sin_BT1h: jax.Array
+    mask_BTS: jax.Array
 
 
-class Attention(nn.Module):
+class Cache(NamedTuple):
+    """Keys and values of the tokens so far, for every layer."""
+
+    keys: dict[str, jax.Array]  # stack -> [L, B, S, K, H]
+    values: dict[str, jax.Array]
+    positions_BS: jax.Array  # -1 where there is no token
+    length: jax.Array  # slots filled so far, int32
+
+
+def rms_norm(x, scale, *, eps: float, unit_offset: bool = False):
+    """Root-mean-square norm (arXiv:1910.07467) over the axes of scale, the last of x; the mean runs in float32."""
+    x32 = x.astype(jnp.float32)
+    axes = tuple(range(-scale.ndim, 0))
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=axes, keepdims=True) + eps)
+    scale = jnp.expand_dims(scale.astype(jnp.float32), tuple(range(x.ndim - scale.ndim)))
+    return (normed * (1 + scale if unit_offset else scale)).astype(x.dtype)
+
+
+class Block(nn.Module):
+    """What the parts of a layer share: parameters whose names end in their axes, each a field of the configuration."""
+
     cfg: DecoderConfig
-    kernel: str
+    lora_scale: float = 1.0
+    lora_dropout: float = 0.0
+
+    def weight(self, name: str, init=INIT):
+        return self.param(name, init, tuple(getattr(self.cfg, axis) for axis in name.rsplit("_", 1)[-1]))
+
+    def project(self, x, name: str):
+        """x times the weight of that name over the axes they share, plus its low-rank delta if it has one (arXiv:2106.09685)."""
+        axes = name.rsplit("_", 1)[-1]
+        inputs, outputs = axes[: x.ndim - 2], axes[x.ndim - 2 :]
+        out = jnp.einsum(f"BT{inputs},{inputs}{outputs}->BT{outputs}", x, self.weight(name).astype(x.dtype))
+        if not self.has_variable("lora", name):
+            return out
+        delta = self.get_variable("lora", name)
+        a, b = delta[f"a_{inputs}r"].astype(x.dtype), delta[f"b_r{outputs}"].astype(x.dtype)
+        if self.lora_dropout and self.has_rng("dropout"):
+            kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.lora_dropout, x.shape)
+            x = jnp.where(kept, x / (1 - self.lora_dropout), 0)
+        low_BTr = self.lora_scale * jnp.einsum(f"BT{inputs},{inputs}r->BTr", x, a)
+        return out + jnp.einsum(f"BTr,r{outputs}->BT{outputs}", low_BTr, b)
+
+    def norm(self, x, name: str):
+        c = self.cfg
+        scale = self.weight(name, nn.initializers.zeros if c.unit_offset_norm else nn.initializers.ones)
+        return rms_norm(x, scale, eps=c.norm_eps, unit_offset=c.unit_offset_norm)
+
+    def bias(self, x, name: str):
+        scale = self.weight(name, nn.initializers.zeros).astype(x.dtype)
+        return x + jnp.expand_dims(scale, (0, 1))
+
+
+class Attention(Block):
+    kernel: str = "dense"  # a key of ATTENTION
 
     @nn.compact
-    def __call__(self, x_BTD, positions_BT, mask_BTS):
-        c, dtype = self.cfg, x_BTD.dtype
-        q_DNH = self.param("q_DNH", INIT, (c.D, c.N, c.H))
-        k_DKH = self.param("k_DKH", INIT, (c.D, c.K, c.H))
-        v_DKH = self.param("v_DKH", INIT, (c.D, c.K, c.H))
-        o_NHD = self.param("o_NHD", INIT, (c.N, c.H, c.D))
-        q_BTNH = rope(jnp.einsum("BTD,DNH->BTNH", x_BTD, q_DNH.astype(dtype)), positions_BT, theta=c.rope_theta)
-        k_BTKH = rope(jnp.einsum("BTD,DKH->BTKH", x_BTD, k_DKH.astype(dtype)), positions_BT, theta=c.rope_theta)
-        v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, v_DKH.astype(dtype))
-        out_BTNH = ATTENTION[self.kernel](q_BTNH, k_BTKH, v_BTKH, mask_BTS)
-        return jnp.einsum("BTNH,NHD->BTD", out_BTNH, o_NHD.astype(dtype))
+    def __call__(self, x_BTD, view: View, cached=None):
+        """The output, and where `cached` = (k_BSKH, v_BSKH, slots filled) is given also the longer keys and values."""
+        c = self.cfg
+        q_BTNH, k_BTKH, v_BTKH = (self.project(x_BTD, name) for name in ("q_DNH", "k_DKH", "v_DKH"))
+        if c.qkv_bias:
+            q_BTNH, k_BTKH = self.bias(q_BTNH, "q_bias_NH"), self.bias(k_BTKH, "k_bias_KH")
+            v_BTKH = self.bias(v_BTKH, "v_bias_KH")
+        if c.qk_norm == "head":
+            q_BTNH, k_BTKH = self.norm(q_BTNH, "q_norm_H"), self.norm(k_BTKH, "k_norm_H")
+        elif c.qk_norm == "whole":
+            q_BTNH, k_BTKH = self.norm(q_BTNH, "q_norm_NH"), self.norm(k_BTKH, "k_norm_KH")
+        q_BTNH, k_BSKH = (rotate(x, view.cos_BT1h, view.sin_BT1h) for x in (q_BTNH, k_BTKH))
+        v_BSKH = v_BTKH
+        if cached is not None:
+            *stored, filled = cached
+            k_BSKH, v_BSKH = (
+                jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, filled, 0, 0))
+                for old, new in zip(stored, (k_BSKH, v_BSKH), strict=True)
+            )
+        scale = c.H**-0.5 if c.query_scale is None else c.query_scale
+        attend = ATTENTION[self.kernel if cached is None else "dense"]
+        out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, view.mask_BTS, scale=scale, cap=c.attn_softcap)
+        out_BTD = self.project(out_BTNH, "o_NHD")
+        if c.o_bias:
+            out_BTD = self.bias(out_BTD, "o_bias_D")
+        return out_BTD if cached is None else (out_BTD, (k_BSKH, v_BSKH))
 
 
-class MLP(nn.Module):
-    cfg: DecoderConfig
-
+class MLP(Block):
     @nn.compact
     def __call__(self, x_BTD):
-        c, dtype = self.cfg, x_BTD.dtype
-        gate_DF = self.param("gate_DF", INIT, (c.D, c.F))
-        up_DF = self.param("up_DF", INIT, (c.D, c.F))
-        down_FD = self.param("down_FD", INIT, (c.F, c.D))
-        hidden_BTF = jax.nn.silu(x_BTD @ gate_DF.astype(dtype)) * (x_BTD @ up_DF.astype(dtype))
-        return hidden_BTF @ down_FD.astype(dtype)
+        hidden_BTF = ACTIVATIONS[self.cfg.activation](self.project(x_BTD, "gate_DF")) * self.project(x_BTD, "up_DF")
+        return self.project(hidden_BTF, "down_FD")
 
 
-class Layer(nn.Module):
-    cfg: DecoderConfig
-    attention: str
+class Layer(Block):
+    kernel: str = "dense"
 
     @nn.compact
-    def __call__(self, x_BTD, positions_BT, mask_BTS):
-        c = self.cfg
-        attn_norm_D = self.param("attn_norm_D", nn.initializers.ones, (c.D,))
-        mlp_norm_D = self.param("mlp_norm_D", nn.initializers.ones, (c.D,))
-        normed_BTD = rms_norm(x_BTD, attn_norm_D, eps=c.norm_eps)
-        x_BTD = constrain(x_BTD + Attention(c, self.attention, name="attn")(normed_BTD, positions_BT, mask_BTS), BATCH)
-        normed_BTD = rms_norm(x_BTD, mlp_norm_D, eps=c.norm_eps)
-        x_BTD = constrain(x_BTD + MLP(c, name="mlp")(normed_BTD), BATCH)
-        return x_BTD, None
+    def __call__(self, x_BTD, view: View, cached=None):
+        c, adapters = self.cfg, (self.lora_scale, self.lora_dropout)
+        kept = None
+        normed_BTD = self.norm(x_BTD, "attn_norm_D") if c.pre_norms else x_BTD
+        out_BTD = Attention(c, *adapters, kernel=self.kernel, name="attn")(normed_BTD, view, cached)
+        if cached is not None:
+            out_BTD, kept = out_BTD
+        out_BTD = self.norm(out_BTD, "attn_post_norm_D") if c.post_norms else out_BTD
+        x_BTD = constrain(x_BTD + out_BTD, BATCH)
+        normed_BTD = self.norm(x_BTD, "mlp_norm_D") if c.pre_norms else x_BTD
+        out_BTD = MLP(c, *adapters, name="mlp")(normed_BTD)
+        out_BTD = self.norm(out_BTD, "mlp_post_norm_D") if c.post_norms else out_BTD
+        return constrain(x_BTD + out_BTD, BATCH), kept
 
 
 class Decoder(nn.Module):
-    """Packed rows in, hidden states out; dtype is what it computes in, whatever the parameters are stored in."""
+    """Token ids in, hidden states out; dtype is what it computes in, whatever the parameters are stored in.
+
+    Low-rank adapters, where there are any, are a second collection of variables, "lora" (lora.py); their inputs are dropped out
+    where apply is given rngs={"dropout": key}.
+    """
 
     cfg: DecoderConfig
     dtype: jnp.dtype
     remat: str = "full"  # a key of REMAT
     attention: str = "dense"  # a key of ATTENTION
+    lora_scale: float = 1.0  # alpha / r
+    lora_dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, tokens_BT, positions_BT, segments_BT, prompts_BT):
+    def __call__(self, tokens_BT, positions_BT, segments_BT=None, prompts_BT=None, *, cache: Cache | None = None):
+        """hidden_BTD of packed rows. With a cache, of tokens that continue its sequences (position -1: no token), and the
+        cache that holds them too."""
         c = self.cfg
-        embed_VD = self.param("embed_VD", INIT, (c.V, c.D))
-        if not c.tie_embeddings:
-            self.param("head_VD", INIT, (c.V, c.D))  # declared here, used by logps.py
+        embed_VD = self.param("embed_VD", INIT, (c.padded_V, c.D))
+        if c.labels:
+            self.param("score_YD", INIT, (c.labels, c.D))  # declared here, used by logps.py, like the head
+        elif not c.tie_embeddings:
+            self.param("head_VD", INIT, (c.padded_V, c.D))
         # Gathering the table's D shards first keeps XLA from replicating the activations after the look-up.
-        # Looking up before the cast keeps the table's gradient, a sum over all tokens, in float32.
+        # Looking up before the cast keeps the table's gradient, a sum over all tokens, in its own dtype.
         table_VD = constrain(embed_VD, P("tensor", None))
         x_BTD = constrain(table_VD[tokens_BT].astype(self.dtype), BATCH)
-        mask_BTS = constrain(visible(segments_BT, prompts_BT), BATCH)
-        # scan compiles one layer and runs it L times over parameters stacked along L; remat inside it decides what each
-        # turn of the loop keeps for the backward pass (prevent_cse guards a case that cannot arise inside a scan).
-        layers = nn.scan(
-            nn.remat(Layer, policy=REMAT[self.remat], prevent_cse=False),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=c.L,
+        if c.scale_embeddings:
+            x_BTD = x_BTD * jnp.asarray(c.D**0.5, self.dtype)
+        if cache is None:
+            see = functools.partial(visible, segments_BT, prompts_BT, positions_BT)
+        else:
+            seen_BS = jax.lax.dynamic_update_slice(cache.positions_BS, positions_BT, (0, cache.length))
+            see = functools.partial(visible_cached, positions_BT, seen_BS)
+        views = {}
+        for window in dict.fromkeys(c.windows):
+            rope = c.local_rope if window is not None and c.local_rope is not None else c.rope
+            views[window] = View(*rotations(positions_BT, rope, c.H), constrain(see(window), BATCH))
+        keys, values = {}, {}
+        for stack, length in c.stacks.items():
+            params = self.param(stack, functools.partial(_init_stack, c, length))
+            variables = {"params": params} | (
+                {"lora": self.get_variable("lora", stack)} if self.has_variable("lora", stack) else {}
+            )
+            cached = None if cache is None else (cache.keys[stack], cache.values[stack])
+            x_BTD, kept = self._run(x_BTD, variables, length, views, cached, cache and cache.length)
+            if cache is not None:
+                keys[stack], values[stack] = kept
+        scale_D = self.param("final_norm_D", nn.initializers.ones, (c.D,))
+        x_BTD = rms_norm(x_BTD, scale_D, eps=c.norm_eps, unit_offset=c.unit_offset_norm)
+        if cache is None:
+            return x_BTD
+        return x_BTD, Cache(keys, values, seen_BS, cache.length + tokens_BT.shape[1])
+
+    def _run(self, x_BTD, variables, length: int, views, cached, filled):
+        """The layers of one stack.
+
+        scan compiles the layers of one period of windows and runs them over parameters stacked along L; remat inside it decides
+        what each turn of the loop keeps for the backward pass (prevent_cse guards a case that cannot arise inside a scan).
+        """
+        windows = self.cfg.windows[:length]
+        layer = Layer(self.cfg, self.lora_scale, self.lora_dropout, self.attention)
+        dropping = self.lora_dropout and self.has_rng("dropout") and "lora" in variables
+
+        @functools.partial(jax.checkpoint, policy=REMAT[self.remat], prevent_cse=False)
+        def one(variables, x_BTD, view, cached, key):
+            return layer.apply(variables, x_BTD, view, cached, rngs=None if key is None else {"dropout": key})
+
+        def period(x_BTD, inputs):
+            kept = []
+            for j, window in enumerate(windows):
+                variables, cached, key = jax.tree.map(lambda leaf, j=j: leaf[j], inputs)
+                cached = None if cached is None else (*cached, filled)
+                x_BTD, new = one(variables, x_BTD, views[window], cached, key)
+                kept.append(new)
+            return x_BTD, jax.tree.map(lambda *layers: jnp.stack(layers), *kept)
+
+        keys_L = jax.random.split(self.make_rng("dropout"), length) if dropping else None
+        periods = jax.tree.map(
+            lambda leaf: leaf.reshape(length // len(windows), len(windows), *leaf.shape[1:]),
+            (variables, cached, keys_L),
         )
-        x_BTD, _ = layers(c, self.attention, name="layers_L")(x_BTD, positions_BT, mask_BTS)
-        return rms_norm(x_BTD, self.param("final_norm_D", nn.initializers.ones, (c.D,)), eps=c.norm_eps)
+        x_BTD, kept = jax.lax.scan(period, x_BTD, periods)
+        return x_BTD, jax.tree.map(lambda leaf: leaf.reshape(length, *leaf.shape[2:]), kept)
 
 
-def param_shapes(cfg: DecoderConfig) -> dict:
-    """The parameter tree as float32 ShapeDtypeStructs; nothing is allocated."""
+def _init_stack(cfg: DecoderConfig, length: int, key):
+    """The parameters of `length` layers, each stacked along a leading axis."""
+    x_BTD = jnp.zeros((1, 1, cfg.D))
+    view = View(*(jnp.zeros((1, 1, 1, cfg.H // 2)),) * 2, jnp.ones((1, 1, 1), bool))
+    return jax.vmap(lambda key: Layer(cfg).init(key, x_BTD, view)["params"])(jax.random.split(key, length))
+
+
+def param_shapes(cfg: DecoderConfig, dtype: str = "float32") -> dict:
+    """The parameter tree as ShapeDtypeStructs; nothing is allocated."""
     ids_BT = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     model = Decoder(cfg, jnp.float32)
-    return jax.eval_shape(model.init, jax.random.key(0), ids_BT, ids_BT, ids_BT, ids_BT)["params"]
+    shapes = jax.eval_shape(model.init, jax.random.key(0), ids_BT, ids_BT, ids_BT, ids_BT)["params"]
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+
+
+def empty_cache(cfg: DecoderConfig, B: int, S: int, dtype) -> Cache:
+    """Room for S tokens of B sequences."""
+
+    def empty():
+        return {stack: jnp.zeros((length, B, S, cfg.K, cfg.H), dtype) for stack, length in cfg.stacks.items()}
+
+    return Cache(empty(), empty(), jnp.full((B, S), -1, jnp.int32), jnp.zeros((), jnp.int32))
 
 
 def output_head(params: dict) -> jax.Array:
     """head_VD: the embedding itself where the checkpoint ties them."""
     return params["head_VD"] if "head_VD" in params else params["embed_VD"]
+
+
+def next_token_logits(cfg: DecoderConfig, hidden_BD, head_VD):
+    """logits_BV in float32, without the rows that only pad the vocabulary."""
+    logits_BV = jnp.einsum("BD,VD->BV", hidden_BD, head_VD.astype(hidden_BD.dtype), preferred_element_type=jnp.float32)
+    return soften(logits_BV[:, : cfg.V], cfg.logit_softcap)

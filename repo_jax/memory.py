@@ -1,0 +1,118 @@
+"""Out of memory: what is held on the devices, and what to change."""
+
+import contextlib
+import math
+import re
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from repo_jax.config import Recipe, StoppedError
+from repo_jax.state import TrainState
+
+GIB = 2**30
+# XLA's words on CPU, GPU and TPU, at run time and when it compiles.
+WORDS = re.compile(r"out of memory|out_of_memory|alloc|reserve|hbm", re.IGNORECASE)
+# A kernel that outgrows a core's own memory is another matter.
+ON_CHIP = re.compile(r"vmem|smem|shared memory", re.IGNORECASE)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the host in its place, had no room for an array or a program."""
+    text = str(error)
+    return (
+        isinstance(error, jax.errors.JaxRuntimeError)
+        and ("RESOURCE_EXHAUSTED" in text or "OUT_OF_MEMORY" in text)
+        and WORDS.search(text) is not None
+        and ON_CHIP.search(text) is None
+    )
+
+
+def bytes_per_device(shapes, shardings) -> int:
+    """What a tree of arrays (or ShapeDtypeStructs) takes on each device under these shardings."""
+    sizes = jax.tree.map(
+        lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize, shapes, shardings
+    )
+    return sum(jax.tree.leaves(sizes))
+
+
+def held_in_training(shapes: TrainState, shardings: TrainState, frozen: dict | None) -> dict[str, int]:
+    """Bytes per device by kind, from before the first update to the end."""
+    grads = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), shapes.params)
+    held = {
+        "parameters" if frozen is None else "adapters": bytes_per_device(shapes.params, shardings.params),
+        "gradients": bytes_per_device(grads, shardings.params),
+        "moments": bytes_per_device(shapes.opt_state, shardings.opt_state),
+    }
+    if frozen is None:
+        return held
+    return {"frozen parameters": bytes_per_device(frozen, jax.tree.map(lambda leaf: leaf.sharding, frozen))} | held
+
+
+def room(device) -> int | None:
+    """How many bytes programs may use on a device, where it says."""
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def explain(error: BaseException, held: dict[str, int], device, advice: list[str]) -> str:
+    """What is said instead of a traceback: bytes per device by kind, and what helps, cheapest first."""
+    limit, total = room(device), sum(held.values())
+    return "\n".join(
+        [
+            f"out of memory on {device.device_kind}" + (f" ({limit / GIB:.2f} GiB)" if limit else ""),
+            *(f"  {size / GIB:8.2f} GiB  {name}" for name, size in held.items()),
+            f"  {total / GIB:8.2f} GiB  on each device before any row is computed, and then",
+            f"  {str(error).strip().splitlines()[0]}",
+            "what helps, cheapest first:",
+            *(f"  {line}" for line in advice),
+        ]
+    )
+
+
+@contextlib.contextmanager
+def explained(recipe: Recipe, mesh: Mesh, held: dict[str, int]) -> Iterator[None]:
+    """Turns running out of memory in its body into a StoppedError that says what is held and what helps."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise StoppedError(explain(error, held, mesh.local_devices[0], what_helps(recipe, mesh, held))) from None
+
+
+def what_helps(recipe: Recipe, mesh: Mesh, held: dict[str, int]) -> list[str]:
+    """What would need less memory and is not done yet by a recipe whose every `auto` is filled in, cheapest first."""
+    model, data, optim = recipe.model, recipe.data, recipe.optim
+    limit, total = room(mesh.local_devices[0]), sum(held.values())
+    full = "gradients" in held and "adapters" not in held  # all parameters are trained
+    found = []
+
+    def saves(size: int) -> str:
+        return f"saves {size / GIB:.2f} GiB"
+
+    if limit is None or total < limit:  # else rows are not what there is no room for
+        if data.rows_per_device > 1:
+            found.append(
+                f"rows_per_device: {data.rows_per_device // 2} (now {data.rows_per_device}; the same result in more passes)"
+            )
+        if "gradients" in held and model.remat != "full":
+            found.append(f"remat: full (now {model.remat}; layers are computed twice instead of kept)")
+    if (ways := mesh.shape["data"]) > 1:
+        fsdp = ways * mesh.shape["fsdp"]
+        found.append(
+            f"mesh.data: 1 and mesh.fsdp: {fsdp} (no longer the same on {ways} devices; {saves(total - total // ways)})"
+        )
+    if full and optim.optim == "adamw" and optim.moment_dtype == "float32":
+        found.append(f"moment_dtype: bfloat16 ({saves(held['moments'] // 4)})")
+    if full and optim.optim != "adafactor":
+        found.append(f"optim: adafactor ({saves(held['moments'])})")
+    if model.param_dtype == "float32":
+        kept = held.get("frozen parameters", held.get("parameters", 0))
+        found.append(f"param_dtype: bfloat16 ({saves(kept // 2)})")
+    if full:
+        found.append(f"use_peft: true, which trains adapters ({saves(held['gradients'] + held['moments'])})")
+    found.append("a lower max_length (longer pairs are dropped or cut, and rows are shorter)")
+    found.append("more devices, over which mesh.fsdp splits all of the above")
+    return found
