@@ -36,18 +36,19 @@ def main() -> None:
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the parameters in memory"
     )
+    parser.add_argument("--timeout", type=float, default=1800, help="seconds that the processes may take")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         rank, port, folder = arguments.worker
         return work(int(rank), arguments.processes, port, pathlib.Path(folder), arguments.dtype)
-    result = measure(arguments.shape, arguments.processes, arguments.dtype)
+    result = measure(arguments.shape, arguments.processes, arguments.dtype, arguments.timeout)
     print(json.dumps(result) if arguments.json else table(result))
     sys.exit(0 if result["identical"] and all(within(result, one) for one in result["processes"]) else 1)
 
 
-def measure(shape: str, processes: int, dtype: str) -> dict:
+def measure(shape: str, processes: int, dtype: str, timeout: float) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         stored, largest = write_checkpoint(folder / "in", SHAPES[shape])
@@ -60,7 +61,7 @@ def measure(shape: str, processes: int, dtype: str) -> dict:
             for rank in range(processes)
         ]
         try:
-            results = [json.loads(worker.communicate()[0].splitlines()[-1]) for worker in workers]
+            results = [json.loads(worker.communicate(timeout=timeout)[0].splitlines()[-1]) for worker in workers]
         finally:
             for worker in workers:
                 worker.kill()

@@ -154,6 +154,10 @@ def prepare(
         raise ValueError(f"--output '{output}' lies in a folder that does not exist; make it first")
     mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor)
     param_shardings(param_shapes(cfg), mesh)
+    if mesh.shape["fsdp"] > 1:
+        notes.append(
+            f"mesh.fsdp={mesh.shape['fsdp']} gathers the weights anew for every token; where they fit, fsdp 1 beside mesh.tensor or mesh.data is faster"
+        )
     recipe = dataclasses.replace(recipe, model=with_dtypes(recipe.model, training=False))
     job = Job(recipe, pretrained, tokenizer, mesh, sampling, prompts, output, [], generator or name, batch_size, notes)
     return job._replace(kept=written_already(job))

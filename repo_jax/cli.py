@@ -219,7 +219,9 @@ def parse(argv: list[str]):
 
 def add_data_flags(parser: argparse.ArgumentParser, data: str) -> None:
     parser.add_argument("config", nargs="?", help="a recipe, where one is wanted")
-    parser.add_argument("--model", metavar="DIR", help="folder of a Hugging Face model (model.model_name_or_path)")
+    parser.add_argument(
+        "--model", metavar="NAME", help="a Hugging Face model: its folder or ORG/NAME (model.model_name_or_path)"
+    )
     parser.add_argument("--data", metavar="NAME", help=data)
     add_recipe_flags(parser, taken=frozenset({"data"}))
 

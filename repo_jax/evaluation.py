@@ -11,6 +11,7 @@ from repo_jax.config import Recipe
 from repo_jax.data.rows import row_batches
 from repo_jax.data.schema import PairTokens
 from repo_jax.losses import PairLogps
+from repo_jax.memory import explained, held_in_scoring
 from repo_jax.preparation import Setup, set_up
 from repo_jax.rewards import evaluate_rewards
 from repo_jax.step import Scorer
@@ -50,11 +51,13 @@ def evaluate(recipe: Recipe) -> dict[str, float | str]:
 
 def evaluate_setup(setup: Setup) -> dict[str, float | str]:
     """evaluate, for a recipe that has been looked at. A reward model has no loss: its rewards and what they rank right come back."""
-    if setup.cfg.labels:
-        return evaluate_rewards(setup)
-    variables = {"params": setup.pretrained.params(setup.mesh, setup.recipe.model.param_dtype)}
-    scorer = Scorer(setup.model, setup.loss, setup.hparams, setup.mesh, setup.shape)
-    results = summarize(evaluate_pairs(scorer, variables, setup.held_out))
+    place = setup.mesh, setup.recipe.model.param_dtype
+    with explained(setup.recipe, setup.mesh, held_in_scoring(setup.pretrained.shapes(*place))):
+        if setup.cfg.labels:
+            return evaluate_rewards(setup)
+        variables = {"params": setup.pretrained.params(*place)}
+        scorer = Scorer(setup.model, setup.loss, setup.hparams, setup.mesh, setup.shape)
+        results = summarize(evaluate_pairs(scorer, variables, setup.held_out))
     return setup.recipe.loss | results | {"pairs": len(setup.held_out)}
 
 

@@ -1,7 +1,7 @@
 """Sampling: prompts in, new tokens out, the same for a row whatever stands beside it and whatever mesh it runs on.
 
-Axis letters: B prompts, T slots of the longest prompt, S slots of the cache, M new tokens, D width, V vocabulary, L layers,
-K key/value heads, H head size.
+Axis letters: B prompts, T slots of the longest prompt, S slots of the cache, M new tokens, D width, V vocabulary, C slots at a time,
+L layers, K key/value heads, H head size.
 """
 
 import functools
@@ -18,6 +18,8 @@ from jax.sharding import PartitionSpec as P
 from repo_jax.logps import exact_matmuls
 from repo_jax.models.decoder import Cache, Decoder, empty_cache, next_token_logits, output_head
 from repo_jax.sharding import BATCH, batch_ways, constrain
+
+CHUNK = 512  # slots of a prompt that go through the model at a time: their attention holds [B, heads, CHUNK, S] numbers
 
 
 class Sampling(NamedTuple):
@@ -83,6 +85,16 @@ def generate_tokens(variables, tokens_BT, positions_BT, limits_B, rows_B, seed, 
         hidden_BTD, cache = model.apply(variables, tokens_BT, positions_BT, cache=_spread(cache))
         return hidden_BTD[:, -1], _spread(cache)
 
+    def read_prompts(cache):
+        C = T if T <= CHUNK else math.gcd(T, CHUNK)
+        tokens, positions = (jnp.moveaxis(x_BT.reshape(B, T // C, C), 1, 0) for x_BT in (tokens_BT, positions_BT))
+
+        def chunk(carry, inputs):
+            return forward(*inputs, carry[1]), None
+
+        nothing_BD = jnp.zeros((B, cfg.D), model.dtype)
+        return jax.lax.scan(chunk, (nothing_BD, cache), (tokens, positions))[0]
+
     def add(t, hidden_BD, goes_on_B, tokens_BM, counts_B, cache) -> State:
         logits_BV = next_token_logits(cfg, hidden_BD, output_head(variables["params"]))
         token_B = choose(logits_BV, jax.vmap(jax.random.fold_in, (0, None))(keys_B, t), sampling)
@@ -98,7 +110,7 @@ def generate_tokens(variables, tokens_BT, positions_BT, limits_B, rows_B, seed, 
 
     with exact_matmuls(model.dtype):
         # The last token is never fed back, so that it needs no slot.
-        hidden_BD, cache = forward(tokens_BT, positions_BT, empty_cache(cfg, B, T + M - 1, model.dtype))
+        hidden_BD, cache = read_prompts(empty_cache(cfg, B, T + M - 1, model.dtype))
         nothing = jnp.zeros((B, M), jnp.int32), jnp.zeros(B, jnp.int32)
         state = add(jnp.int32(0), hidden_BD, limits_B > 0, *nothing, cache)
         state = jax.lax.while_loop(lambda s: s.goes_on_B.any(), step, state)

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import re
 from collections.abc import Iterator
 
@@ -17,6 +18,7 @@ GIB = 2**30
 WORDS = re.compile(r"out of memory|out_of_memory|alloc|reserve|hbm", re.IGNORECASE)
 # A kernel that outgrows a core's own memory is another matter.
 ON_CHIP = re.compile(r"vmem|smem|shared memory", re.IGNORECASE)
+FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -48,7 +50,12 @@ def held_in_training(shapes: TrainState, shardings: TrainState, frozen: dict | N
     }
     if frozen is None:
         return held
-    return {"frozen parameters": bytes_per_device(frozen, jax.tree.map(lambda leaf: leaf.sharding, frozen))} | held
+    return {"frozen parameters": held_in_scoring(frozen)["parameters"]} | held
+
+
+def held_in_scoring(params: dict) -> dict[str, int]:
+    """Bytes per device of a model that is not trained, of arrays or of ShapeDtypeStructs with shardings."""
+    return {"parameters": bytes_per_device(params, jax.tree.map(lambda leaf: leaf.sharding, params))}
 
 
 def room(device) -> int | None:
@@ -85,13 +92,16 @@ def explained(recipe: Recipe, mesh: Mesh, held: dict[str, int]) -> Iterator[None
 def what_helps(recipe: Recipe, mesh: Mesh, held: dict[str, int]) -> list[str]:
     """What would need less memory and is not done yet by a recipe whose every `auto` is filled in, cheapest first."""
     model, data, optim = recipe.model, recipe.data, recipe.optim
-    limit, total = room(mesh.local_devices[0]), sum(held.values())
+    device, total = mesh.local_devices[0], sum(held.values())
+    limit = room(device)
     full = "gradients" in held and "adapters" not in held  # all parameters are trained
     found = []
 
     def saves(size: int) -> str:
         return f"saves {size / GIB:.2f} GiB"
 
+    if device.platform == "gpu" and FRACTION not in os.environ:
+        found.append(f"{FRACTION}=0.95 in the environment (JAX takes 0.75 of a GPU unless told otherwise)")
     if limit is None or total < limit:  # else rows are not what there is no room for
         if data.rows_per_device > 1:
             found.append(

@@ -56,14 +56,9 @@ class Setup(NamedTuple):
 
     @property
     def frozen_shapes(self) -> dict | None:
-        """What adapters lie over, with its shardings; None where all parameters are trained."""
-        if not self.recipe.model.use_peft:
-            return None
-        shapes = param_shapes(self.cfg, self.recipe.model.param_dtype)
-        return jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            *(shapes, param_shardings(shapes, self.mesh)),
-        )
+        """What adapters lie over; None where all parameters are trained."""
+        model = self.recipe.model
+        return self.pretrained.shapes(self.mesh, model.param_dtype) if model.use_peft else None
 
 
 def decoder(model: ModelSection, cfg: DecoderConfig, mesh: Mesh) -> Decoder:
@@ -103,6 +98,7 @@ def set_up(recipe: Recipe, *, training: bool) -> Setup:
     Raises ValueError or FileNotFoundError with a message that says what to change.
     """
     loss, hparams = make_loss(**recipe.loss)
+    push_to = _push_to(recipe.run) if training else None
     pretrained = open_model(model_files(recipe, weights=True))
     cfg = pretrained.cfg
     if cfg.labels and (training or cfg.labels > 1):
@@ -143,7 +139,6 @@ def set_up(recipe: Recipe, *, training: bool) -> Setup:
         model=with_dtypes(recipe.model, training=training),
         loss={"loss_type": DEFAULT_LOSS} | recipe.loss | hparams,
     )
-    push_to = _push_to(recipe.run) if training else None
     return Setup(recipe, loss, hparams, pretrained, tokenizer, train, held_out, mesh, shape, total_steps, push_to)
 
 

@@ -15,9 +15,16 @@ from repo_jax.models.hub import ModelFiles, find_model
 def model_files(recipe: Recipe, *, weights: bool = False) -> ModelFiles:
     """Where the recipe's model lies, fetched if it is not here; without `weights` configuration and tokenizer are enough."""
     model = recipe.model
-    return find_model(
-        model.model_name_or_path, revision=model.model_revision, cache_dir=recipe.data.cache_dir, weights=weights
-    )
+    given = (model.model_name_or_path, model.model_revision, recipe.data.cache_dir, weights)
+    # What is fetched is fetched once, so that a command sees one version of it.
+    return _find(*given) if pathlib.Path(model.model_name_or_path).is_dir() else _find_once(*given)
+
+
+def _find(name: str, revision: str | None, cache_dir: str, weights: bool) -> ModelFiles:
+    return find_model(name, revision=revision, cache_dir=cache_dir, weights=weights)
+
+
+_find_once = functools.cache(_find)
 
 
 def tokenizer_of(recipe: Recipe):

@@ -51,6 +51,8 @@ GEMMA3 = GEMMA | dict(
     },
 )
 
+SHORT_PATTERN = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
+
 # name: (transformers' config class, its model class, its settings)
 CHECKPOINTS = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", SHAPE | ROPE | dict(head_dim=12)),
@@ -69,7 +71,8 @@ CHECKPOINTS = {
     "gemma": ("GemmaConfig", "GemmaForCausalLM", GEMMA | ROPE),
     "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", GEMMA2 | ROPE),
     "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", GEMMA3),
-    "gemma3-untied": ("Gemma3TextConfig", "Gemma3ForCausalLM", GEMMA3 | dict(tie_word_embeddings=False)),
+    "gemma3-untied": ("Gemma3TextConfig", "Gemma3ForCausalLM", GEMMA3
+                      | dict(tie_word_embeddings=False, num_hidden_layers=5, layer_types=SHORT_PATTERN)),
     "phi3": ("Phi3Config", "Phi3ForCausalLM", SHAPE | ROPE),
     "phi3-window": ("Phi3Config", "Phi3ForCausalLM", SHAPE | ROPE | dict(sliding_window=8)),
     "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", SHAPE | ROPE),

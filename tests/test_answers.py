@@ -319,16 +319,20 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(generate, data, tmp_path
     process.wait()
     before = output.read_bytes()
     assert 2 <= before.count(b"\n") < 100
+    assert before.endswith(b"\n") and before.count(b"\n") % 2 == 0  # whole batches, written at once
     whole = generate(*SHORT, output="whole.jsonl")
     assert b"".join(whole).startswith(before)
     assert generate(*SHORT, output="killed.jsonl") == whole
 
 
-@pytest.mark.parametrize("kept, cut", [(0, 9), (4, 0), (5, 9)])
-def test_a_line_that_was_cut_is_written_again(generate, tmp_path, kept, cut):
+@pytest.mark.parametrize("kept, cut, on_from", [(0, 9, None), (4, 0, 5), (5, 9, 5)])
+def test_a_batch_that_was_cut_is_written_again(generate, tmp_path, capsys, kept, cut, on_from):
     whole = generate(*SHORT)
     (tmp_path / "out.jsonl").write_bytes(b"".join(whole[:kept]) + whole[kept][:cut])
+    capsys.readouterr()
     assert generate(*SHORT) == whole
+    said = f"out.jsonl holds {kept // 2 * 2} answers already; going on from prompt {on_from}\n"
+    assert (said in capsys.readouterr().out) == (on_from is not None)
 
 
 def test_a_finished_output_is_left_alone(generate, monkeypatch, capsys):

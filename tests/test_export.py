@@ -1,16 +1,24 @@
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
-from examples import STORIES, one_device, stories
+from examples import ROOT, STORIES, one_device, stories
 
 from repo_jax import export
+from repo_jax.cli import main
+from repo_jax.config import dump_recipe, to_recipe
 from repo_jax.data.chat import load_tokenizer
 from repo_jax.export import export_model, model_card, write_base
 from repo_jax.models import hf
+from repo_jax.models.decoder import param_shapes
 from repo_jax.models.hub import ModelFiles
+from repo_jax.sharding import param_shardings
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
 
@@ -109,3 +117,63 @@ def test_the_probe_notices_a_change_in_any_parameter(dtype):
     for i, leaf in enumerate(leaves):
         changed = tree.unflatten([*leaves[:i], leaf * 1.05, *leaves[i + 1 :]])
         assert np.abs(export.probe(changed, cfg, one_device(), rounding) - plain).max() > 1e-3
+
+
+POD = """
+import sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize("127.0.0.1:" + sys.argv[1], 2, int(sys.argv[2]))
+import optax
+from repo_jax.checkpoint import Checkpoints
+from repo_jax.models.config import DecoderConfig
+from repo_jax.models.decoder import param_shapes
+from repo_jax.models.hf import from_hf
+from repo_jax.sharding import make_mesh
+from repo_jax.state import initial_state, state_shapes, state_shardings
+model, run = sys.argv[3:]
+cfg, optimizer, mesh = DecoderConfig.from_hf(model), optax.adamw(1e-3), make_mesh(1, 2, 2)
+shapes = state_shapes(param_shapes(cfg), optimizer)
+shardings = state_shardings(shapes, optimizer, mesh)
+params = from_hf(model, cfg, shardings.params)
+assert not params["embed_VD"].is_fully_addressable
+with Checkpoints(run, keep=1) as checkpoints:
+    checkpoints.save(initial_state(params, optimizer, shardings), 3)
+"""
+
+
+def test_a_checkpoint_of_several_processes_is_exported_by_one(base, tmp_path):
+    recipe = to_recipe({"model": {"model_name_or_path": str(STORIES)}})
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    arguments = [sys.executable, "-c", POD, str(port)]
+    pod = [
+        subprocess.Popen([*arguments, str(i), str(STORIES), str(tmp_path)], stderr=subprocess.PIPE, env=environment)
+        for i in range(2)
+    ]
+    for process in pod:
+        _, error = process.communicate(timeout=240)
+        assert process.returncode == 0, error.decode()
+    assert main(["export", "--checkpoint", str(tmp_path / "checkpoint-3"), "--output", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (STORIES / "model.safetensors").read_bytes()
+
+
+def test_tensors_of_several_dtypes_go_out_in_their_own(tmp_path):
+    source = shutil.copytree(STORIES, tmp_path / "source", ignore=shutil.ignore_patterns("*.safetensors"))
+    cfg, params = stories()
+    dtypes = {name: "bfloat16" if "mlp" in name or ".2." in name else "float32" for name in hf.expected_tensors(cfg)}
+    hf.to_hf(params, cfg, source, dtypes=dtypes)
+    params = hf.from_hf(source, cfg, param_shardings(param_shapes(cfg), one_device()))
+    write_base(ModelFiles(source, source), cfg, load_tokenizer(source), tmp_path / "base")
+    card = model_card("", base="some/model", results=None)
+    export_model(params, cfg, one_device(), base=tmp_path / "base", output=tmp_path / "out", card=card)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    assert not (tmp_path / "out" / "dtypes.json").exists()
+    for dtype in ("float32", "float16"):
+        options = {"base": tmp_path / "base", "output": tmp_path / "out", "card": card, "dtype": dtype}
+        assert export_model(params, cfg, one_device(), **options) <= 1e-5
+        assert set(hf.stored_dtypes(tmp_path / "out", cfg).values()) == {dtype}
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype

@@ -222,6 +222,13 @@ def test_a_row_ends_at_the_last_position_of_the_model():
             generator({}, [np.ones(length, np.int32)], [7], 0)
 
 
+def test_prompts_may_go_through_the_model_in_parts(monkeypatch):
+    everyone = [*range(len(PROMPTS))]
+    whole = tiny()(everyone)
+    monkeypatch.setattr(generation, "CHUNK", 16)  # of 64 slots; row 2 has its only token in the last
+    assert tiny(batch_size=2)(everyone) == whole
+
+
 def test_a_program_is_compiled_once_for_each_size(monkeypatch):
     traced, original = [], generation.choose
 

@@ -14,7 +14,7 @@ LAYERS = [
     ["config", "card", "models.attention", "models.hf", "data.rows", "data.batches"],
     ["models.decoder", "models.lora", "models.pretrained", "optimizer", "stores"],
     ["logps", "state", "metrics"],
-    ["step", "checkpoint", "preparation", "generation", "memory", "rewards"],
+    ["step", "checkpoint", "preparation", "memory", "generation", "rewards"],
     ["evaluation", "inspection", "export", "report"],
     ["run_folder", "progress"],
     ["training", "answers"],

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from examples import TINY, one_device, random_params
 
-from repo_jax.config import to_recipe
-from repo_jax.memory import GIB, bytes_per_device, explain, held_in_training, is_out_of_memory, what_helps
+from repo_jax.config import StoppedError, to_recipe
+from repo_jax.memory import GIB, bytes_per_device, explain, explained, held_in_training, is_out_of_memory, what_helps
 from repo_jax.models.decoder import param_shapes
 from repo_jax.optimizer import make_optimizer
 from repo_jax.sharding import make_mesh, param_shardings
@@ -113,8 +113,9 @@ def recipe(**fields):
     return to_recipe(tree)
 
 
-def mesh_of(limit=None, **shape):
-    device = types.SimpleNamespace(device_kind="Chip", memory_stats=lambda: limit and {"bytes_limit": limit})
+def mesh_of(limit=None, platform="tpu", **shape):
+    stats = limit and {"bytes_limit": limit}
+    device = types.SimpleNamespace(device_kind="Chip", platform=platform, memory_stats=lambda: stats)
     return types.SimpleNamespace(shape={"data": 1, "fsdp": 1, "tensor": 1} | shape, local_devices=[device])
 
 
@@ -135,6 +136,18 @@ def test_everything_that_helps_is_named_cheapest_first():
         "use_peft: true, which trains adapters (saves 90.00 GiB)",
         *LAST,
     ]
+
+
+def test_the_share_of_a_gpu_that_jax_leaves_alone_is_named_first(monkeypatch):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    first, *others = what_helps(recipe(), mesh_of(limit=60 * GIB, platform="gpu"), FULL)
+    assert (
+        first
+        == "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment (JAX takes 0.75 of a GPU unless told otherwise)"
+    )
+    assert others == what_helps(recipe(), mesh_of(limit=60 * GIB), FULL)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    assert what_helps(recipe(), mesh_of(limit=60 * GIB, platform="gpu"), FULL) == others
 
 
 @pytest.mark.parametrize(
@@ -201,3 +214,11 @@ def test_the_explanation_says_who_holds_the_memory(real_error):
 
 def test_a_device_that_does_not_say_how_much_it_has_is_explained_too(real_error):
     assert explain(real_error, FULL, jax.devices()[0], []).startswith("out of memory on cpu\n")
+
+
+def test_work_that_runs_out_of_memory_ends_with_the_explanation(real_error):
+    with pytest.raises(StoppedError) as stopped, explained(recipe(), one_device(), FULL):
+        raise real_error
+    assert str(stopped.value) == explain(real_error, FULL, jax.devices()[0], what_helps(recipe(), one_device(), FULL))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), explained(recipe(), one_device(), FULL):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")

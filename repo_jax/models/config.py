@@ -195,9 +195,32 @@ COMMON = {
     "rope_theta": 10_000.0,
     "tie_word_embeddings": False,
 }
-NULLABLE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")  # null says something there
+CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+# null says something there: as many key/value heads as heads, no window, no cap.
+NULLABLE = ("num_key_value_heads", "sliding_window", *CAPS)
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
-OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")
+
+
+def _is_number(value) -> bool:
+    return type(value) in (int, float) and 0 < value < float("inf")
+
+
+COUNTS = (*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window", "sliding_window_pattern",
+          "num_labels")  # fmt: skip
+NUMBERS = ("rms_norm_eps", "rope_theta", "rope_local_base_freq", "query_pre_attn_scalar", *CAPS)
+# What is read, besides layer_types and what stands in a rope, is of one of these kinds where it is given.
+KINDS = {
+    "a whole number from 1": (lambda value: type(value) is int and value >= 1, COUNTS),
+    "a whole number from 0": (lambda value: type(value) is int and value >= 0, ("max_window_layers",)),
+    "a number above 0": (_is_number, NUMBERS),
+    "true or false": (
+        lambda value: type(value) is bool,
+        ("tie_word_embeddings", "attention_bias", "use_sliding_window"),
+    ),
+    "a name": (lambda value: type(value) is str, ("hidden_act", "hidden_activation")),
+    "a list of names": (lambda value: type(value) is list and {*map(type, value)} <= {str}, ("architectures",)),
+    "a table": (lambda value: type(value) is dict, ("rope_scaling", "rope_parameters", "id2label")),
+}
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size")
 
@@ -234,10 +257,13 @@ def _check(hf: dict, family: Family, path: pathlib.Path) -> None:
     """Refuses missing and impossible sizes, and what would change the function without being computed here."""
     if missing := [name for name in SIZES if name not in hf]:
         raise ValueError(f"{path} does not say {', '.join(missing)}; give the model's own config.json")
-    for name in (*SIZES, *OPTIONAL_SIZES):
-        size = hf.get(name)
-        if (size is not None or name in SIZES) and (type(size) is not int or size < 1):
-            raise ValueError(f"{name} of {path} is {size!r}; wanted a whole number from 1")
+    for wanted, (fits, names) in KINDS.items():
+        for name in names:
+            if hf.get(name) is not None and not fits(hf[name]):
+                raise ValueError(f"{name} of {path} is {hf[name]!r}; wanted {wanted}")
+    head_dim = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
+    if head_dim % 2 or not head_dim:
+        raise ValueError(f"head_dim of {path} is {head_dim}; wanted an even number: rotary positions turn pairs")
     if hf["num_attention_heads"] % (hf.get("num_key_value_heads") or 1):
         raise ValueError(
             f"{path} has {hf['num_attention_heads']} attention heads over {hf['num_key_value_heads']} key/value heads, which do not divide them"
@@ -287,7 +313,8 @@ def _windows(hf: dict, family: Family, path: pathlib.Path) -> tuple[int | None, 
     kinds = ["sliding_attention" if has_one(i) else "full_attention" for i in range(L)]
     if family.windows not in ("none", "all") and hf.get("layer_types") is not None:
         kinds = hf["layer_types"]
-        if len(kinds) != L or not set(kinds) <= {"sliding_attention", "full_attention"}:
+        known = ("sliding_attention", "full_attention")
+        if type(kinds) is not list or len(kinds) != L or not all(kind in known for kind in kinds):
             raise ValueError(
                 f"layer_types {kinds} of {path} is not supported; supported: sliding_attention or full_attention for each of its {L} layers"
             )
@@ -305,16 +332,22 @@ def _ropes(hf: dict, family: Family, path: pathlib.Path) -> tuple[Rope, Rope | N
     base, written = {"rope_theta": hf["rope_theta"]}, hf.get("rope_parameters") or {}
     scaling = hf.get("rope_scaling") or {}
     if "rope_local_base_freq" not in family.defaults:
+        if by_kind := [name for name in ("full_attention", "sliding_attention") if name in written]:
+            raise ValueError(
+                f"rope_parameters for {', '.join(by_kind)} of {path} are not supported; supported: one rope for all layers"
+            )
         return _rope(base | scaling | written, hf, path), None
     plain, local = written.get("full_attention") or {}, written.get("sliding_attention") or {}
+    if not type(plain) is type(local) is dict:
+        raise ValueError(f"rope_parameters of {path} is {written!r}; wanted a table for each kind of layer")
     local_base = {"rope_theta": hf["rope_local_base_freq"]}
     return _rope(base | scaling | plain, hf, path), _rope(local_base | local, hf, path)
 
 
 def _rope(given: dict, hf: dict, path: pathlib.Path) -> Rope:
-    kind = given.get("rope_type", given.get("type", "default"))
+    kind = given.get("rope_type") or given.get("type") or "default"
     wanted = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
-    if kind not in wanted:
+    if type(kind) is not str or kind not in wanted:
         raise ValueError(f"rope type {kind!r} of {path} is not supported; supported: {', '.join(wanted)}")
     share = given.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
     if share not in (None, 1, 1.0):
@@ -323,7 +356,13 @@ def _rope(given: dict, hf: dict, path: pathlib.Path) -> Rope:
         raise ValueError(
             f"rope type {kind!r} of {path} does not say {', '.join(missing)}; give the model's own config.json"
         )
-    numbers = {name: float(given[name]) for name in wanted[kind]}
+    numbers = {"theta": given["rope_theta"]} | {name: given[name] for name in wanted[kind]}
     if kind == "llama3":
         numbers["original_length"] = given.get("original_max_position_embeddings", hf["max_position_embeddings"])
-    return Rope(float(given["rope_theta"]), kind, **numbers)
+    for name, number in numbers.items():
+        if not _is_number(number):
+            raise ValueError(f"{name} of the rope in {path} is {number!r}; wanted a number above 0")
+    if kind == "llama3" and numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
+        low, high = numbers["low_freq_factor"], numbers["high_freq_factor"]
+        raise ValueError(f"low_freq_factor {low} of the rope in {path} is not below its high_freq_factor {high}")
+    return Rope(kind=kind, **numbers)

@@ -35,7 +35,7 @@ HARMLESS = {"auto_mapping", "peft_version", "inference_mode", "lora_dropout", "m
 HARMLESS |= {"runtime_config", "eva_config", "ensure_weight_tying"}
 ALLOWED = {
     "peft_type": ("LORA",),
-    "task_type": (None, "CAUSAL_LM", "SEQ_CLS"),
+    "task_type": (None, "CAUSAL_LM"),  # adapters of other tasks bring a head of their own
     "bias": (None, "none"),
     # The other initialisations (PiSSA, OLoRA, ...) go with a base model that PEFT changes as it loads the adapter.
     "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal"),
@@ -140,16 +140,17 @@ def save_adapter(
     base: str,
     revision: str | None = None,
 ) -> None:
-    """Writes adapters of the model `base` into FOLDER as PEFT does; several processes call this together.
+    """Writes adapters of the model `base` into FOLDER as PEFT does; several processes call this together, the first writes.
 
     A module that is several weights here (Phi-3's qkv_proj) has an adapter of rank r for each of m weights. PEFT gets the one adapter
     of rank m * r that is the same map, and m * alpha, which keeps the scale.
     """
     folder, modules = pathlib.Path(folder), adapted_modules(cfg, target_modules)
+    alpha = int(alpha) if alpha == int(alpha) else alpha  # PEFT declares a whole number, and takes any
     fused = {_short(module): len(rows) for module, rows in modules.items() if len(rows) > 1}
     config = {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if cfg.labels else "CAUSAL_LM",
+        "task_type": None if cfg.labels else "CAUSAL_LM",  # for SEQ_CLS PEFT wants a trained head
         "base_model_name_or_path": base,
         "revision": revision,
         "r": r,
@@ -209,7 +210,7 @@ def _peft_tensors(adapters: dict, cfg: DecoderConfig, modules: dict) -> Iterator
 
 def _whole(leaf: jax.Array) -> np.ndarray:
     """An array on the host, also where it is spread over processes."""
-    if jax.process_count() > 1:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         leaf = jax.jit(lambda x: x, out_shardings=NamedSharding(leaf.sharding.mesh, P()))(leaf)
     return np.asarray(leaf, np.float32)
 
@@ -221,10 +222,6 @@ def _block_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
         whole[row : row + block.shape[0], column : column + block.shape[1]] = block
         row, column = row + block.shape[0], column + block.shape[1]
     return whole
-
-
-def is_adapter(folder: str | pathlib.Path) -> bool:
-    return (pathlib.Path(folder) / CONFIG).is_file()
 
 
 class PeftAdapter:
@@ -249,12 +246,6 @@ class PeftAdapter:
 
     def check(self, cfg: DecoderConfig) -> None:
         """Every tensor has a place and every adapter its tensors of the right shape, or one ValueError that lists what differs."""
-        task, wanted = self.config.get("task_type"), "SEQ_CLS" if cfg.labels else "CAUSAL_LM"
-        if task not in (None, wanted):
-            raise ValueError(
-                f"task_type {task!r} of {self.folder / CONFIG} does not fit its base model, which is {wanted}; "
-                "name the model that it was trained on"
-            )
         names, expected, shapes = self._file.names(), {}, expected_tensors(cfg)
         for module in linear_modules(cfg):
             for i in range(cfg.L):

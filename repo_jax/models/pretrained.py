@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 from jax.sharding import Mesh
 
 from repo_jax.models.config import DecoderConfig
@@ -18,9 +19,17 @@ class Pretrained(NamedTuple):
     cfg: DecoderConfig
     adapter: PeftAdapter | None  # added to the weights as they are read
 
+    def shapes(self, mesh: Mesh, dtype: str) -> dict:
+        """The parameters as ShapeDtypeStructs that know where on the mesh they live."""
+        shapes = param_shapes(self.cfg, dtype)
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            *(shapes, param_shardings(shapes, mesh)),
+        )
+
     def params(self, mesh: Mesh, dtype: str) -> dict:
         """The parameters in float32 or bfloat16, spread over the mesh."""
-        shardings = param_shardings(param_shapes(self.cfg), mesh)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes(mesh, dtype))
         return from_hf(self.files.weights, self.cfg, shardings, dtype=dtype, deltas=self.adapter)
 
 

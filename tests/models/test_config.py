@@ -365,6 +365,10 @@ NONE = "is not supported; supported: none"
             "rope type 'yarn' of PATH is not supported",
         ),
         (
+            {"model_type": "qwen3", "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}},
+            "rope_parameters for full_attention of PATH are not supported; supported: one rope for all layers",
+        ),
+        (
             {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
             "rope type 'llama3' of PATH does not say low_freq_factor, high_freq_factor; give the model's own config.json",
         ),

@@ -19,6 +19,18 @@ from repo_jax.models.hf import from_hf
 from repo_jax.sharding import param_shardings
 
 CAUSAL = [name for name in CHECKPOINTS if not name.endswith("reward")]
+# One of each family, with windows where it can have them.
+FAMILIES = [
+    "llama",
+    "mistral-window",
+    "qwen2-window",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3-untied",
+    "phi3-window",
+    "olmo2",
+]
 CLOSE = 1e-4
 FAR = 10 * CLOSE
 
@@ -42,8 +54,11 @@ def imported(name: str) -> tuple[DecoderConfig, dict]:
     return cfg, from_hf(folder_of(name), cfg, param_shardings(param_shapes(cfg), one_device()))
 
 
-# Compiling is what takes time here, and optimising most of that.
-@functools.partial(jax.jit, static_argnames=("cfg", "dtype"), compiler_options={"xla_backend_optimization_level": 0})
+# Compiling is what takes time here, and optimising is most of that.
+quickly = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@functools.partial(quickly, static_argnames=("cfg", "dtype"))
 def scored(cfg: DecoderConfig, params, batch: RowBatch, dtype=jnp.float32):
     """The log-prob of every scored token."""
     with exact_matmuls(dtype):
@@ -83,7 +98,7 @@ def test_log_probs_equal_torchs_in_padded_and_in_packed_rows(name):
     np.testing.assert_allclose(ours(cfg, params, PACKED), theirs(name), atol=CLOSE, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "qwen2-window"])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_the_sums_of_pairs_equal_torchs(name):
     cfg, params = imported(name)
     [batch] = PACKED
@@ -107,7 +122,7 @@ def test_the_scores_of_a_reward_model_equal_torchs():
     )
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_bfloat16_log_probs_are_near_those_of_float32(name):
     cfg, params = imported(name)
     difference = np.abs(ours(cfg, params, dtype=jnp.bfloat16) - theirs(name))
@@ -127,34 +142,28 @@ WRONG = [
     ("rope.low_freq_factor", "llama-3.1", 1.5),
     ("rope.high_freq_factor", "llama-3.1", 3.0),
     ("rope.original_length", "llama-3.1", 40),
-    ("rope.factor", "gemma3", 3.0),
-    ("local_rope", "gemma3", None),
-    ("local_rope.theta", "gemma3", 30.0),
+    ("local_rope", "gemma3-untied", None),
+    ("local_rope.theta", "gemma3-untied", 30.0),
     ("windows", "mistral-window", (None,)),
     ("windows", "mistral-window", (9,)),
     ("windows", "mistral", (35,)),
     ("windows", "phi3-window", (7,)),
     ("windows", "qwen2-window", (None, None, None, 8, 8)),
     ("windows", "gemma2", (None, 8)),
-    ("windows", "gemma2", (8,)),
-    ("windows", "gemma3", (8, 8, 8, 8, None)),
+    ("windows", "gemma3-untied", (8, None)),
     ("norm_eps", "llama", 0.04),
-    ("norm_eps", "olmo2", 0.04),
     ("query_scale", "gemma2", None),
-    ("query_scale", "gemma3", None),
     ("query_scale", "llama", 0.25),
     ("activation", "llama", "gelu"),
     ("activation", "llama", "gelu_tanh"),
     ("activation", "gemma", "gelu"),
-    ("activation", "gemma", "silu"),
     ("qkv_bias", "qwen2", False),
     ("qkv_bias", "llama-bias", False),
     ("o_bias", "llama-bias", False),
     ("qk_norm", "qwen3", None),
-    ("qk_norm", "gemma3", None),
+    ("qk_norm", "gemma3-untied", None),
     ("qk_norm", "olmo2", None),
     ("pre_norms", "llama", False),
-    ("pre_norms", "gemma2", False),
     ("post_norms", "gemma2", False),
     ("post_norms", "olmo2", False),
     ("unit_offset_norm", "gemma", False),
@@ -184,7 +193,7 @@ def test_a_wrong_field_misses_by_ten_times_what_a_right_one_may(field, name, val
 
 def fitted(params, cfg: DecoderConfig, other: DecoderConfig):
     """The parameters that the other configuration has too, in its stacks."""
-    layers = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(params[stack] for stack in cfg.stacks))
+    layers = jax.tree.map(lambda *parts: np.concatenate(parts), *(params[stack] for stack in cfg.stacks))
     start, result = 0, {name: leaf for name, leaf in params.items() if name not in cfg.stacks}
     for stack, length in other.stacks.items():
         result[stack] = jax.tree.map(lambda leaf, at=slice(start, start + length): leaf[at], layers)
@@ -217,9 +226,7 @@ def expected_reach(cfg: DecoderConfig, segments, prompts, positions) -> np.ndarr
     return reach
 
 
-@pytest.mark.parametrize(
-    "name", ["llama", "mistral-window", "qwen2-window", "qwen3", "gemma", "gemma2", "gemma3", "phi3-window", "olmo2"]
-)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_token_depends_on_what_its_layers_see_never_on_what_follows_a_rival_or_a_neighbour(name):
     right, params = imported(name)
     # Windows of 3 do not reach everything within the layers that there are.
@@ -229,7 +236,7 @@ def test_a_token_depends_on_what_its_layers_see_never_on_what_follows_a_rival_or
     batch = batch._replace(tokens_RT=np.arange(41, dtype=np.int32)[None])  # every slot another row of the embedding
     row = [getattr(batch, f"{field}_RT")[0] for field in ("segments", "prompts", "positions")]
 
-    @jax.jit
+    @quickly
     def slopes(params):
         def at_slot(embed, slot):
             hidden_RTD = Decoder(cfg, jnp.float32).apply(

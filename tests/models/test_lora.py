@@ -148,13 +148,13 @@ def test_adapters_start_as_pefts_do_and_no_two_are_equal():
             scaled = np.ravel(leaf) * np.sqrt(inputs)  # uniform in [-1, 1], whose variance is 1/3
             assert np.abs(scaled).max() <= 1
             assert abs(scaled.var() - 1 / 3) < 4 / np.sqrt(scaled.size) / 3 and np.abs(scaled).max() > 0.98
-            first |= {(path, i): layer.ravel()[0].item() for i, layer in enumerate(leaf)}
+            first |= {(path, i): round(layer[0].item(), 5) for i, layer in enumerate(scaled.reshape(len(leaf), -1))}
     assert len(first) == 2 * TINY.L == len(set(first.values()))
 
 
 def test_adapters_start_with_the_same_values_on_every_mesh():
-    one, other = flat(start(WINDOWED, NAMES)), flat(start(WINDOWED, NAMES, seed=1))
-    spread = flat(start(WINDOWED, NAMES, mesh=make_mesh(1, 4, 2)))
+    one, other = (flat(start(WINDOWED, ["q_proj"], seed=seed)) for seed in (0, 1))
+    spread = flat(start(WINDOWED, ["q_proj"], mesh=make_mesh(1, 4, 2)))
     assert all(np.array_equal(spread[path], one[path]) for path in one)
     assert all(np.array_equal(other[path], one[path]) == ("/b_" in path) for path in one)
     assert spread["layers_L/attn/q_DNH/a_Dr"].sharding.spec == P(None, "fsdp", None)
@@ -186,7 +186,7 @@ def test_merged_weights_are_w_plus_scale_times_a_b_and_no_other_changes():
 
 def test_merging_bfloat16_weights_rounds_once():
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), random_params(TINY))
-    adapters = random_adapters(TINY)
+    adapters = random_adapters(TINY, NAMES)
     exact = lora.merge(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), adapters, SCALE)
     for ours, wanted in zip(jax.tree.leaves(lora.merge(params, adapters, SCALE)), jax.tree.leaves(exact), strict=True):
         assert ours.dtype == jnp.bfloat16
@@ -292,7 +292,7 @@ def made_by_peft(name, folder, **options):
     return model
 
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "olmo2"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "olmo2", "llama-reward"]
 COMPILED = ["llama", "qwen2", "gemma2", "phi3"]  # whose log-probs are compared too: a program takes seconds to compile
 
 
@@ -302,7 +302,7 @@ def trained(cfg, params, adapters, ids, steps=4):
     for _ in range(steps):
         found, slopes = logps_and_slopes(cfg, params, adapters, ids)
         means.append(found.mean())
-        adapters = jax.tree.map(lambda leaf, slope: leaf + 0.02 * jnp.sign(slope), adapters, slopes)
+        adapters = jax.tree.map(lambda leaf, slope: leaf + np.float32(0.02) * np.sign(slope), adapters, slopes)
     return adapters, means[0], logps_and_slopes(cfg, params, adapters, ids)[0]
 
 
@@ -337,8 +337,10 @@ def test_merged_weights_of_every_family_equal_pefts_in_both_directions(name, tmp
     cfg, params = imported(checkpoints().folder_of(name))
     adapters = random_adapters(cfg)
     save(adapters, cfg, tmp_path / "ours", checkpoints().folder_of(name))
-    peft().PeftModel.from_pretrained(fresh(name), tmp_path / "ours").merge_and_unload().save_pretrained(tmp_path / "1")
-    made_by_peft(name, tmp_path / "theirs").merge_and_unload().save_pretrained(tmp_path / "2")
+    one = peft().PeftModel.from_pretrained(fresh(name), tmp_path / "ours")
+    two = made_by_peft(name, tmp_path / "theirs", target_modules=r".*_proj", task_type=None)
+    for model, folder in ((one, "1"), (two, "2")):
+        model.merge_and_unload().save_pretrained(tmp_path / folder)
     adapter = lora.PeftAdapter(tmp_path / "theirs")
     adapter.check(cfg)
     _, read = imported(checkpoints().folder_of(name), adapter)
@@ -360,7 +362,6 @@ def test_merged_weights_of_every_family_equal_pefts_in_both_directions(name, tmp
         ("llama", dict(target_modules=["q_proj", "o_proj"], layers_to_transform=1, init_lora_weights="gaussian")),
         ("llama", dict(target_modules=["self_attn.q_proj", "up_proj"], exclude_modules=["model.layers.1.mlp.up_proj"])),
         ("phi3", dict(target_modules=["qkv_proj"])),
-        ("llama-reward", dict(target_modules=["q_proj"], task_type=None)),
     ],
 )  # fmt: skip
 def test_pefts_options_mean_here_what_they_mean_there(name, options, tmp_path):
@@ -400,6 +401,7 @@ def test_the_folder_says_what_peft_and_people_need_to_know(tmp_path):
     config = peft().LoraConfig.from_pretrained(tmp_path)
     assert (config.task_type, config.peft_type, config.r, config.lora_alpha) == ("CAUSAL_LM", "LORA", R, ALPHA)
     assert (config.lora_dropout, config.target_modules) == (0.1, {"down_proj", "qkv_proj"})
+    assert type(config.lora_alpha) is int
     # The three adapters of qkv_proj are one of three times the rank, with the scale that each has.
     assert (config.rank_pattern, config.alpha_pattern) == ({"qkv_proj": 3 * R}, {"qkv_proj": 3 * ALPHA})
     assert (config.base_model_name_or_path, config.revision) == ("ORG/NAME", "v1")
@@ -437,10 +439,6 @@ def adapter(tmp_path):
     return spoil
 
 
-def test_an_adapters_folder_is_known_by_its_config(adapter, tmp_path):
-    assert lora.is_adapter(adapter()) and not lora.is_adapter(tmp_path / "elsewhere")
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -452,13 +450,14 @@ def test_an_adapters_folder_is_known_by_its_config(adapter, tmp_path):
         dict(peft_type="IA3"),
         dict(peft_type=None),
         dict(task_type="FEATURE_EXTRACTION"),
+        dict(task_type="SEQ_CLS"),
         dict(init_lora_weights="pissa_niter_4"),
         dict(layer_replication=[[0, 2], [1, 3]]),
         dict(trainable_token_indices=[5]),
         dict(target_parameters=["mlp.experts.down_proj"]),
         dict(something_of_next_year=True),
     ],
-    ids=lambda changes: next(iter(changes)),
+    ids=lambda changes: "{}={}".format(*next(iter(changes.items()))),
 )
 def test_what_is_more_than_low_rank_deltas_is_refused_by_name(adapter, changes):
     [(name, value)] = changes.items()
@@ -495,11 +494,6 @@ def test_an_adapter_that_does_not_fit_is_told_tensor_by_tensor(adapter, change, 
     with pytest.raises(ValueError, match=r"does not fit its adapter_config\.json and its base model: ") as error:
         peft_adapter.check(TINY)
     assert message in str(error.value)
-
-
-def test_an_adapter_of_another_kind_of_model_is_refused(adapter):
-    with pytest.raises(ValueError, match=r"task_type 'CAUSAL_LM' of .* does not fit its base model, which is SEQ_CLS"):
-        lora.PeftAdapter(adapter()).check(dataclasses.replace(TINY, labels=1))
 
 
 def test_nan_in_an_adapter_is_named(adapter, tmp_path):
