@@ -10,6 +10,7 @@ _HOMES = {
     "load_recipe": "config",
     "train": "training",
     "evaluate": "evaluation",
+    "generate": "answers",
     "from_hf": "models.hf",
     "to_hf": "models.hf",
 }

@@ -78,7 +78,7 @@ def generate_tokens(variables, tokens_BT, positions_BT, limits_B, rows_B, seed, 
     """
     (B, T), M, cfg = tokens_BT.shape, sampling.max_new_tokens, model.cfg
     lengths_B = positions_BT[:, -1] + 1
-    # Named, for others' streams are not the same in a batch as alone.
+    # Named, whatever jax is configured to: what rbg draws for a row depends on the rows beside it.
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed, impl="threefry2x32"), rows_B)
 
     def forward(tokens_BT, positions_BT, cache):

@@ -106,6 +106,11 @@ def set_up(recipe: Recipe, *, training: bool) -> Setup:
         raise ValueError(
             f"'{recipe.model.model_name_or_path}' is a {kind}, which gives tokens no probability; give a language model"
         )
+    if recipe.model.use_peft and pretrained.adapter is not None:
+        raise ValueError(
+            f"'{recipe.model.model_name_or_path}' is an adapter, and adapters over an adapter are not supported; merge it into its base "
+            "with PEFT (merge_and_unload, then save_pretrained) and give that model, or train all parameters (use_peft: false)"
+        )
     if recipe.model.use_peft and recipe.model.lora_dropout and recipe.optim.mode == "two_pass":
         raise ValueError(
             f"lora_dropout={recipe.model.lora_dropout:g} would drop other inputs in each pass of mode two_pass; set it to 0, or mode to direct"

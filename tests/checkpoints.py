@@ -57,7 +57,7 @@ SHORT_PATTERN = ["sliding_attention", "sliding_attention", "full_attention", "sl
 CHECKPOINTS = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", SHAPE | ROPE | dict(head_dim=12)),
     "llama-tied": ("LlamaConfig", "LlamaForCausalLM", SHAPE | ROPE | dict(tie_word_embeddings=True)),
-    "llama-bias": ("LlamaConfig", "LlamaForCausalLM", SHAPE | ROPE | dict(attention_bias=True)),
+    "llama-bias": ("LlamaConfig", "LlamaForCausalLM", SHAPE | ROPE | dict(attention_bias=True, hidden_act="gelu")),
     "llama-3.1": ("LlamaConfig", "LlamaForCausalLM", SHAPE | dict(rope_parameters=LLAMA3)),
     "llama-linear": ("LlamaConfig", "LlamaForCausalLM", SHAPE | dict(rope_parameters=LINEAR)),
     "llama-reward": ("LlamaConfig", "LlamaForSequenceClassification", SHAPE | ROPE | dict(num_labels=1)),

@@ -325,6 +325,19 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(generate, data, tmp_path
     assert generate(*SHORT, output="killed.jsonl") == whole
 
 
+def test_a_batch_is_in_the_file_before_the_next_one_begins(generate, tmp_path, monkeypatch):
+    written = []
+
+    class Watched(answers.Generator):
+        def __call__(self, *args):
+            written.append((tmp_path / "out.jsonl").read_bytes().count(b"\n"))
+            return super().__call__(*args)
+
+    monkeypatch.setattr(answers, "Generator", Watched)
+    generate(*SHORT)
+    assert written == [0, 2, 4, 6]
+
+
 @pytest.mark.parametrize("kept, cut, on_from", [(0, 9, None), (4, 0, 5), (5, 9, 5)])
 def test_a_batch_that_was_cut_is_written_again(generate, tmp_path, capsys, kept, cut, on_from):
     whole = generate(*SHORT)

@@ -77,7 +77,9 @@ def test_greedy_tokens_are_those_of_transformers(family):
 
     prompts = [random_ids(n, seed=n).astype(np.int32) for n in (3, 21, 40, 12)]
     theirs_BM, gaps_BM = torch_greedy(torch_model(family), prompts)
-    eos = tuple(map(int, theirs_BM[[0, 1], [2, 9]]))  # they end the first row at its third token at the latest
+    # Two end tokens, each of which one row alone writes, as its third token or later.
+    alone = [token for row in theirs_BM for token in row[2:] if (theirs_BM == token).any(axis=1).sum() == 1]
+    eos = int(alone[0]), int(alone[-1])
     mesh, cfg = one_device(), DecoderConfig.from_hf(folder_of(family))
     variables = {"params": from_hf(folder_of(family), cfg, param_shardings(param_shapes(cfg), mesh))}
     ours = Generator(decoder(cfg), mesh, Sampling(NEW, eos_ids=eos))(variables, prompts, range(4), 0)
@@ -89,6 +91,7 @@ def test_greedy_tokens_are_those_of_transformers(family):
         np.testing.assert_array_equal(ids[:clear], theirs_M[:clear])
         assert clear < length or len(ids) == length
         compared += clear
+    assert 1 <= sum(len(ids) < NEW for ids in ours) <= 2
     assert compared > 2 * NEW
 
 
