@@ -1,31 +1,36 @@
-"""A model's answers to a file of prompts, as JSON lines that AlpacaEval reads; a run that was stopped goes on where it was.
+"""A model's answers to a file of prompts, as JSON lines with AlpacaEval's columns; a run that was stopped goes on where it was.
 
 Beside OUTPUT stands OUTPUT.settings.json, which says how the answers were made: answers made otherwise are never mixed in.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+import filelock
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from repo_jax.config import Recipe
+from repo_jax.config import Recipe, StoppedError
 from repo_jax.data.schema import Fault, PreferenceExample, read_examples
 from repo_jax.data.sources import RawRow, open_source
 from repo_jax.data.special import SpecialTokens
 from repo_jax.data.template import RefusedError, Template
 from repo_jax.generation import Generator, Sampling
+from repo_jax.memory import explained, held_in_scoring
 from repo_jax.models.decoder import param_shapes
 from repo_jax.models.pretrained import Pretrained, open_model
-from repo_jax.preparation import decoder, with_dtypes
+from repo_jax.models.tensors import fingerprint
+from repo_jax.preparation import decoder, resolved
+from repo_jax.progress import say
 from repo_jax.run_folder import write_whole
 from repo_jax.sharding import make_mesh, param_shardings
 from repo_jax.stores import model_files, tokenizer_of
@@ -85,11 +90,13 @@ class Job(NamedTuple):
         return {
             "model": model.model_name_or_path,
             "revision": model.model_revision,
+            "weights": fingerprint(self.pretrained.files.weights, self.pretrained.files.adapter),
             "generator": self.generator,
             **self.sampling._asdict(),
             "eos_ids": list(self.sampling.eos_ids),
             "seed": self.recipe.run.seed,
             "compute_dtype": model.compute_dtype,
+            "param_dtype": model.param_dtype,
             "prompts": len(self.prompts),
             "prompt_ids": ids.hexdigest(),
         }
@@ -132,6 +139,7 @@ def prepare(
         raise ValueError(f"seed={recipe.run.seed}; give a number below 2**32")
     template_kwargs = recipe.data.chat_template_kwargs or {}
     ends = {tokenizer.eos_token_id, end_of_turn(tokenizer, template_kwargs)} - {None}
+    max_new_tokens = min(max_new_tokens, cfg.max_positions - 1)  # there is room for no more
     sampling, notes = read_sampling(pretrained.files.weights, ends, max_new_tokens, temperature, top_k, top_p)
     if recipe.data.eval_dataset_name is None:
         raise ValueError("there is nothing to answer; give --data a file of prompts")
@@ -158,7 +166,7 @@ def prepare(
         notes.append(
             f"mesh.fsdp={mesh.shape['fsdp']} gathers the weights anew for every token; where they fit, fsdp 1 beside mesh.tensor or mesh.data is faster"
         )
-    recipe = dataclasses.replace(recipe, model=with_dtypes(recipe.model, training=False))
+    recipe = dataclasses.replace(recipe, model=resolved(recipe.model, exact=pretrained.adapter is not None))
     job = Job(recipe, pretrained, tokenizer, mesh, sampling, prompts, output, [], generator or name, batch_size, notes)
     return job._replace(kept=written_already(job))
 
@@ -171,8 +179,16 @@ def generate(recipe: Recipe, output: str | pathlib.Path, **options) -> pathlib.P
 def run(job: Job) -> pathlib.Path:
     """Writes the answers that are not there yet. Every process of a mesh takes part; the first one writes, and says what it does."""
     total, done, first = len(job.prompts), len(job.kept), jax.process_index() == 0
+    held = held_in_scoring(job.pretrained.shapes(job.mesh, job.recipe.model.param_dtype))
+    advice = [f"batch_size: {max(1, job.batch_size // 2)} (now {job.batch_size})", "a lower max_new_tokens"]
+    advice += ["more devices, over which mesh.tensor splits parameters and cache, or mesh.fsdp parameters"]
+    with only_run(job) if first else contextlib.nullcontext(), explained(job.mesh, held, lambda: advice):
+        return _run(job, total, done, first)
+
+
+def _run(job: Job, total: int, done: int, first: bool) -> pathlib.Path:
     if first:
-        print("\n".join(describe(job)))
+        say("\n".join(describe(job)))
         write_whole(job.settings_file, json.dumps(job.settings, indent=2) + "\n")
         with open(job.output, "ab") as file:  # made if it is not there
             file.truncate(sum(map(len, job.kept)))
@@ -195,8 +211,23 @@ def run(job: Job) -> pathlib.Path:
             bar.update(len(group))
     if first:
         cut = f"; {endless} of the {total - done} new ones were cut before an end token" if endless else ""
-        print(f"{job.output}  ({total} answers{cut})")
+        say(f"{job.output}  ({total} answers{cut})")
     return job.output
+
+
+@contextlib.contextmanager
+def only_run(job: Job) -> Iterator[None]:
+    """Keeps a second run from writing into the same file."""
+    lock = filelock.FileLock(job.output.with_name(f".{job.output.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise StoppedError(f"another run writes '{job.output}'; wait for it, or name another --output") from None
+    try:
+        yield
+    finally:
+        pathlib.Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def describe(job: Job) -> list[str]:
@@ -249,8 +280,8 @@ def read_sampling(
             ("top_p", top_p, 1.0),
         )
     )
-    if not (0 <= temperature < math.inf):
-        raise ValueError(f"temperature={temperature}; give a number from 0, which takes the likeliest token")
+    if temperature != 0 and not 1e-3 <= temperature < math.inf:  # below, logits leave float32's range
+        raise ValueError(f"temperature={temperature}; give 0, which takes the likeliest token, or a number from 0.001")
     if top_k < 0:
         raise ValueError(f"top_k={top_k}; give a number of tokens, or 0 for all")
     if not 0 < top_p <= 1:
@@ -272,11 +303,17 @@ def read_generation_config(folder: pathlib.Path) -> dict:
     path = folder / "generation_config.json"
     if not path.is_file():
         return {"eos_token_id": json.loads((folder / "config.json").read_text(encoding="utf-8")).get("eos_token_id")}
+    return _read_json(path)
+
+
+def _read_json(path: pathlib.Path) -> dict:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); fetch it again") from None
-    return config
+        raise ValueError(f"{path} is not JSON ({error}); fetch it again, or remove it") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}, not a JSON object; fetch it again, or remove it")
+    return found
 
 
 def end_of_turn(tokenizer, chat_template_kwargs: dict) -> int | None:
@@ -424,10 +461,12 @@ def written_already(job: Job) -> list[bytes]:
         return []
     if output.is_dir():
         raise ValueError(f"--output '{output}' is a folder; name a file")
-    # What follows the last newline was cut off in the middle.
-    lines = [line + b"\n" for line in output.read_bytes().split(b"\n")[:-1]]
+    *lines, cut = output.read_bytes().split(b"\n")
+    if cut and not job.settings_file.exists():  # a file that another program ended without a newline
+        raise ValueError(f"--output '{output}' holds something else than answers of this run; {wanted}")
+    lines = [line + b"\n" for line in lines]
     if lines and job.settings_file.exists():
-        before, now = json.loads(job.settings_file.read_text(encoding="utf-8")), json.loads(json.dumps(job.settings))
+        before, now = _read_json(job.settings_file), json.loads(json.dumps(job.settings))
         changes = [
             f"{name} {before.get(name)!r} there, {now[name]!r} here" for name in now if before.get(name) != now[name]
         ]

@@ -26,6 +26,12 @@ GENERATE_FLAGS = {
 }
 
 
+# Leaves of the recipe that concern pairs, and are nothing to `generate`.
+NOT_FOR_PROMPTS = {
+    f"data.{name}" for name in ("schema", "on_bad_rows", "truncation", "max_length", "max_prompt_length")
+}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns 0, 2 after one line on what to change, or 1 after one line on what went wrong meanwhile."""
     # transformers would announce that there is no torch; none is needed.
@@ -71,6 +77,8 @@ def evaluate_command(arguments, overrides) -> int:
 
     if arguments.output and not pathlib.Path(arguments.output).absolute().parent.is_dir():
         raise UsageError(f"--output '{arguments.output}' lies in a folder that does not exist; make it first")
+    if arguments.output and pathlib.Path(arguments.output).is_dir():
+        raise UsageError(f"--output '{arguments.output}' is a folder; name a file")
     results = evaluate_setup(checked(set_up, recipe, training=False))
     text = json.dumps(results, indent=2)
     print(text)
@@ -80,6 +88,8 @@ def evaluate_command(arguments, overrides) -> int:
 
 
 def generate_command(arguments, overrides) -> int:
+    if unread := [name for name in overrides if name.startswith(("optim.", "loss.")) or name in NOT_FOR_PROMPTS]:
+        raise UsageError(f"generate does not read {', '.join(name.split('.')[1] for name in unread)}; leave it out")
     recipe = recipe_with_data(arguments, overrides, "data.eval_dataset_name")
     from repo_jax.answers import prepare, run
 
@@ -118,8 +128,14 @@ def prepare_command(arguments, overrides) -> int:
 
 def recipe_with_data(arguments, overrides: dict, data: str):
     """The recipe of a command that takes --model and --data; what --data stands for differs."""
-    given = {"model.model_name_or_path": arguments.model, data: arguments.data}
-    return checked(load_recipe, arguments.config, {name: value for name, value in given.items() if value} | overrides)
+    given = {
+        name: value
+        for name, value in {"model.model_name_or_path": arguments.model, data: arguments.data}.items()
+        if value
+    }
+    if arguments.model:
+        given["model.model_revision"] = None  # a recipe's belongs to its own model
+    return checked(load_recipe, arguments.config, given | overrides)
 
 
 def export_command(arguments, overrides) -> int:
@@ -130,11 +146,13 @@ def export_command(arguments, overrides) -> int:
     checked(check_output, output)
     if arguments.push_to_hub:
         push_to = checked(check_push, arguments.hub_model_id or output.absolute().name)
-    opened = checked(open_checkpoint, arguments.checkpoint)
-    if arguments.adapter and not opened.recipe.model.use_peft:
-        raise UsageError(f"--adapter: '{arguments.checkpoint}' is of a run without use_peft; leave it out")
-    options = {"dtype": arguments.dtype, "max_shard_bytes": arguments.max_shard_size, "adapter": arguments.adapter}
-    difference = export_checkpoint(opened, output, **options)
+    if arguments.adapter and (arguments.dtype or arguments.max_shard_size):
+        raise UsageError("an adapter is written in float32 and in one file; leave out --dtype and --max_shard_size")
+    if not arguments.push_to_hub and (arguments.hub_model_id or arguments.hub_revision or arguments.hub_private_repo):
+        raise UsageError("--hub_... is given without --push_to_hub, so nothing would be pushed; add it")
+    opened = checked(open_checkpoint, arguments.checkpoint, adapter=arguments.adapter)
+    options = {"max_shard_bytes": arguments.max_shard_size} if arguments.max_shard_size else {}
+    difference = export_checkpoint(opened, output, dtype=arguments.dtype, **options)
     if difference is None:
         print(f"adapter {output}  (for PEFT)")
     else:
@@ -171,7 +189,7 @@ def parse(argv: list[str]):
     add_data_flags(evaluate, "held-out preference data (data.eval_dataset_name)")
     evaluate.add_argument("--output", metavar="FILE", help="where to write the JSON as well")
     generate = add(
-        "generate", generate_command, "write a model's answers to prompts, as JSON lines that AlpacaEval reads"
+        "generate", generate_command, "write a model's answers to prompts, as JSON lines with AlpacaEval's columns"
     )
     add_data_flags(generate, "prompts: rows with prompt, instruction or messages (data.eval_dataset_name)")
     generate.add_argument(
@@ -199,9 +217,7 @@ def parse(argv: list[str]):
         choices=["float32", "bfloat16", "float16"],
         help="of all weights (default: as they were before training)",
     )
-    export.add_argument(
-        "--max_shard_size", type=size, default="5GB", metavar="SIZE", help="of a weight file at most (default: 5GB)"
-    )
+    export.add_argument("--max_shard_size", type=size, metavar="SIZE", help="of a weight file at most (default: 5GB)")
     export.add_argument("--push_to_hub", action="store_true", help="push it to the Hugging Face Hub, too")
     export.add_argument(
         "--hub_model_id", metavar="ORG/NAME", help="where to (default: under OUTPUT's name, to your account)"

@@ -62,6 +62,16 @@ class ModelSection:
         description="the modules that get adapters, by Hugging Face's names, or all-linear; null: as PEFT has it for the family, queries and values",
     )
 
+    def __post_init__(self):
+        lora = [field for field in dataclasses.fields(self) if field.name.startswith("lora_")]
+        given = [field.name for field in lora if getattr(self, field.name) != field.default.default]
+        if given and not self.use_peft:
+            raise ValueError(f"{', '.join(given)} given without use_peft: true, so there are no adapters; add it")
+
+    @property
+    def lora_scale(self) -> float:
+        return self.lora_alpha / self.lora_r
+
 
 @dataclass(frozen=True, config=STRICT)
 class DataSection:

@@ -11,7 +11,7 @@ from repo_jax.config import Recipe
 from repo_jax.data.rows import row_batches
 from repo_jax.data.schema import PairTokens
 from repo_jax.losses import PairLogps
-from repo_jax.memory import explained, held_in_scoring
+from repo_jax.memory import explained, held_in_scoring, what_helps
 from repo_jax.preparation import Setup, set_up
 from repo_jax.rewards import evaluate_rewards
 from repo_jax.step import Scorer
@@ -42,17 +42,18 @@ def evaluate_pairs(scorer: Scorer, variables: dict, pairs: Sequence[PairTokens])
 
 
 def evaluate(recipe: Recipe) -> dict[str, float | str]:
-    """The metrics of a model folder on its held-out pairs, with the loss they belong to, mean_margin and the number of pairs.
+    """The metrics of a model on its held-out pairs, with the loss they belong to, mean_margin and the number of pairs.
 
-    Raises ValueError or FileNotFoundError, before any device work, for what cannot be evaluated.
+    A reward model has no loss: of it come its rewards, how many pairs they rank right, and the number of pairs. Raises ValueError or FileNotFoundError, before any device work, for what cannot be evaluated.
     """
     return evaluate_setup(set_up(recipe, training=False))
 
 
 def evaluate_setup(setup: Setup) -> dict[str, float | str]:
-    """evaluate, for a recipe that has been looked at. A reward model has no loss: its rewards and what they rank right come back."""
+    """evaluate, for a recipe that has been looked at."""
     place = setup.mesh, setup.recipe.model.param_dtype
-    with explained(setup.recipe, setup.mesh, held_in_scoring(setup.pretrained.shapes(*place))):
+    held = held_in_scoring(setup.pretrained.shapes(*place))
+    with explained(setup.mesh, held, lambda: what_helps(setup.recipe, setup.mesh, held)):
         if setup.cfg.labels:
             return evaluate_rewards(setup)
         variables = {"params": setup.pretrained.params(*place)}

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import yaml
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
@@ -23,13 +24,15 @@ from repo_jax.config import ModelSection, Recipe, StoppedError, dump_recipe, loa
 from repo_jax.data.rows import RowShape, row_batches
 from repo_jax.data.schema import PairTokens
 from repo_jax.logps import pair_logps
+from repo_jax.memory import bytes_per_device, explained
 from repo_jax.models.config import DecoderConfig
 from repo_jax.models.decoder import Decoder, param_shapes
 from repo_jax.models.hf import expected_tensors, from_hf, places_of, stored_dtypes, to_hf
 from repo_jax.models.hub import ModelFiles, push
-from repo_jax.models.lora import adapter_shapes, merge, save_adapter
+from repo_jax.models.lora import PeftAdapter, adapter_shapes, save_adapter
 from repo_jax.models.pretrained import Pretrained, open_model
-from repo_jax.preparation import with_dtypes
+from repo_jax.models.tensors import fingerprint
+from repo_jax.preparation import resolved
 from repo_jax.sharding import batch_ways, make_mesh, param_shardings
 from repo_jax.step import place
 from repo_jax.stores import model_files
@@ -54,12 +57,14 @@ def export_model(
     card: str,
     dtype: str | None = None,
     max_shard_bytes: int = SHARD_BYTES,
+    like: np.ndarray | None = None,
 ) -> float:
     """Writes a Hugging Face folder (weights, config, generation config, tokenizer, model card) and proves that it reads back.
 
     `base` holds all of that but weights and card (write_base). Tensors get the dtypes of the model that was started from, or all
     of them `dtype`. Everything is written to a temporary folder, reloaded, its log-probs compared, and only then moved to
-    `output`, where it replaces an earlier export. Returns the largest difference of a mean log-prob, in nats per token.
+    `output`, where it replaces an earlier export. Returns the largest difference of a mean log-prob, in nats per token: to the
+    rounded parameters, or to `like`, the fingerprint of what they were made from.
     """
     with replacing(output) as folder:
         shutil.copytree(base, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MIXED))
@@ -69,16 +74,17 @@ def export_model(
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         to_hf(params, cfg, folder, dtypes=dtypes, max_shard_bytes=max_shard_bytes)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        kept = "bfloat16" if set(dtypes.values()) == {"bfloat16"} else "float32"
+        kept = _held_in(dtypes)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
-        reloaded = from_hf(folder, DecoderConfig.from_hf(folder), shardings, dtype=kept)
-        rounding = _rounding(cfg, dtypes)
-        difference = float(np.abs(probe(reloaded, cfg, mesh, rounding) - probe(params, cfg, mesh, rounding)).max())
+        reloaded = {"params": from_hf(folder, DecoderConfig.from_hf(folder), shardings, dtype=kept)}
+        rounding, model = _rounding(cfg, dtypes), Decoder(cfg, jnp.float32)
+        found = probe(reloaded, model, mesh, rounding)
+        difference = float(np.abs(found - probe({"params": params}, model, mesh, rounding)).max())
         if not difference <= TOLERANCE:
             raise RuntimeError(
                 f"the exported model's log-probs differ by {difference:.2g} nats per token from the trained one's; nothing was written"
             )
-    return difference
+    return difference if like is None else float(np.abs(found - like).max())
 
 
 def export_adapter(
@@ -88,18 +94,22 @@ def export_adapter(
     with replacing(output) as folder:
         weights = ("config.json", "generation_config.json", MIXED)
         shutil.copytree(base, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*weights))
-        save_adapter(
-            adapters,
-            cfg,
-            folder,
-            r=model.lora_r,
-            alpha=model.lora_alpha,
-            dropout=model.lora_dropout,
-            target_modules=model.lora_target_modules,
-            base=model.model_name_or_path,
-            revision=model.model_revision,
-        )
+        _save_adapter(adapters, cfg, folder, model)
         (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _save_adapter(adapters: dict, cfg: DecoderConfig, folder: pathlib.Path, model: ModelSection) -> None:
+    save_adapter(
+        adapters,
+        cfg,
+        folder,
+        r=model.lora_r,
+        alpha=model.lora_alpha,
+        dropout=model.lora_dropout,
+        target_modules=model.lora_target_modules,
+        base=model.model_name_or_path,
+        revision=model.model_revision,
+    )
 
 
 @contextlib.contextmanager
@@ -119,6 +129,8 @@ def replacing(output: pathlib.Path) -> Iterator[pathlib.Path]:
 
 def check_output(output: pathlib.Path) -> None:
     """Refuses to replace anything but an empty folder or an earlier export, which its model card tells."""
+    if above := [folder for folder in output.absolute().parents if folder.exists() and not folder.is_dir()]:
+        raise ValueError(f"output '{output}' lies in '{above[0]}', which is a file; name a new folder")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     card = output / "README.md"
@@ -160,6 +172,11 @@ def _dtypes(base: pathlib.Path, cfg: DecoderConfig, dtype: str | None) -> dict[s
     return {name: others.get(name, usual) for name in expected_tensors(cfg)}
 
 
+def _held_in(dtypes: dict[str, str]) -> str:
+    """The dtype to read tensors of these dtypes in: nothing of them is lost."""
+    return "bfloat16" if set(dtypes.values()) == {"bfloat16"} else "float32"
+
+
 def _rounding(cfg: DecoderConfig, dtypes: dict[str, str]) -> tuple:
     """Our path -> the bits that each of its layers keeps in these dtypes, as a tuple of pairs, which jit can tell apart."""
     return tuple(
@@ -168,10 +185,9 @@ def _rounding(cfg: DecoderConfig, dtypes: dict[str, str]) -> tuple:
     )
 
 
-def probe(params: dict, cfg: DecoderConfig, mesh: Mesh, rounding: tuple) -> np.ndarray:
-    """Mean log-probs, computed in float32, of a few fixed answers of random tokens: a fingerprint of the parameters as they
-    are once they are rounded."""
-    rng = np.random.default_rng(0)
+def probe(variables: dict, model: Decoder, mesh: Mesh, rounding: tuple = ()) -> np.ndarray:
+    """Mean log-probs of a few fixed answers of random tokens: a fingerprint of a model, its parameters rounded first."""
+    rng, cfg = np.random.default_rng(0), model.cfg
     length = min(16, cfg.max_positions // 3)
     R = batch_ways(mesh)
     scored = np.ones(length, bool)
@@ -181,21 +197,21 @@ def probe(params: dict, cfg: DecoderConfig, mesh: Mesh, rounding: tuple) -> np.n
     ]
     batch = row_batches(pairs, RowShape(R, 3 * length, 2 * length))[0]
     with jax.set_mesh(mesh):
-        means_B2 = _fingerprint(params, place(batch, mesh), model=Decoder(cfg, jnp.float32), rounding=rounding)
+        means_B2 = _fingerprint(variables, place(batch, mesh), model=model, rounding=rounding)
     return np.asarray(jax.device_get(means_B2))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "rounding"))
-def _fingerprint(params, batch, *, model: Decoder, rounding: tuple):
+def _fingerprint(variables, batch, *, model: Decoder, rounding: tuple):
     # reduce_precision, for XLA may drop a cast there and back.
-    params = flatten_dict(params, sep="/")
+    params = flatten_dict(variables["params"], sep="/")
     for path, bits in rounding:
         leaf = params[path]
         if len(set(bits)) == 1:
             params[path] = jax.lax.reduce_precision(leaf, *bits[0])
         else:
             params[path] = jnp.stack([jax.lax.reduce_precision(leaf[i], *kept) for i, kept in enumerate(bits)])
-    return pair_logps(model, {"params": unflatten_dict(params, sep="/")}, batch).mean_B2
+    return pair_logps(model, variables | {"params": unflatten_dict(params, sep="/")}, batch).mean_B2
 
 
 def card_of(recipe: Recipe, base: pathlib.Path, *, results: dict | None, adapter: bool) -> str:
@@ -216,18 +232,42 @@ def push_export(output: pathlib.Path, repo_id: str, *, private: bool | None, rev
 def run_of(checkpoint: str) -> pathlib.Path:
     """The run's folder around a checkpoint. Raises FileNotFoundError for what is not a checkpoint of a run."""
     path = pathlib.Path(checkpoint).absolute()
-    if not NAME.fullmatch(path.name) or not path.is_dir() or not (path.parent / "base" / "config.json").is_file():
+    whole = (path / "default").is_dir() and (path.parent / "base" / "config.json").is_file()
+    if not NAME.fullmatch(path.name) or not whole:
         raise FileNotFoundError(
             f"'{checkpoint}' is not a checkpoint-N folder in the folder of a run; give the path of one"
         )
     return path.parent
 
 
-def merged(frozen: dict, adapters: dict, model: ModelSection) -> dict:
-    """The parameters that adapters over frozen ones amount to, where the frozen ones lie."""
-    scale = model.lora_alpha / model.lora_r
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, frozen)
-    return jax.jit(functools.partial(merge, scale=scale), out_shardings=shardings)(frozen, adapters)
+def export_merged(
+    adapters: dict,
+    frozen: dict,
+    pretrained: Pretrained,
+    mesh: Mesh,
+    *,
+    model: ModelSection,
+    base: pathlib.Path,
+    output: pathlib.Path,
+    card: str,
+    dtype: str | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
+) -> float:
+    """export_model for what adapters make of the model below them, which is read again: added in float32 and rounded once.
+
+    `frozen` is used up, to make room. Returns the largest difference of a mean log-prob to that of the adapters as trained: in
+    bfloat16, small changes of weights are lost to the rounding.
+    """
+    cfg, decoder = pretrained.cfg, Decoder(pretrained.cfg, jnp.float32, lora_scale=model.lora_scale)
+    like = probe({"params": frozen, "lora": adapters}, decoder, mesh)
+    for leaf in jax.tree.leaves(frozen):
+        leaf.delete()
+    with tempfile.TemporaryDirectory() as temporary:
+        _save_adapter(adapters, cfg, pathlib.Path(temporary), model)
+        adapter = PeftAdapter(temporary)
+        params = pretrained._replace(adapter=adapter).params(mesh, _held_in(_dtypes(base, cfg, dtype)))
+    options = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, "like": like}
+    return export_model(params, cfg, mesh, base=base, output=output, card=card, **options)
 
 
 class CheckpointExport(NamedTuple):
@@ -237,43 +277,60 @@ class CheckpointExport(NamedTuple):
     run: pathlib.Path
     recipe: Recipe
     cfg: DecoderConfig
-    pretrained: Pretrained | None  # what adapters were trained over; a full checkpoint does not need it
+    pretrained: Pretrained | None  # what adapters are merged into; a full checkpoint does not need it
 
 
-def open_checkpoint(checkpoint: str) -> CheckpointExport:
-    """Raises ValueError or FileNotFoundError for what cannot be exported."""
+def open_checkpoint(checkpoint: str, *, adapter: bool) -> CheckpointExport:
+    """Raises ValueError or FileNotFoundError for what cannot be exported, as a model or as an adapter alone."""
     run = run_of(checkpoint)
     recipe = load_recipe(run / "recipe.yaml")
-    pretrained = open_model(model_files(recipe, weights=True)) if recipe.model.use_peft else None
-    cfg = DecoderConfig.from_hf(run / "base")
-    return CheckpointExport(pathlib.Path(checkpoint), run, recipe, cfg, pretrained)
+    if adapter and not recipe.model.use_peft:
+        raise ValueError(f"'{checkpoint}' is of a run without use_peft, which has no adapter; leave out --adapter")
+    pretrained = None
+    if recipe.model.use_peft and not adapter:
+        pretrained = open_model(model_files(recipe, weights=True))
+        before = yaml.safe_load((run / "identity.yaml").read_text(encoding="utf-8"))["base"]["weights"]
+        if (now := fingerprint(pretrained.files.weights)) != before:
+            raise ValueError(
+                f"the weights of '{recipe.model.model_name_or_path}' are not those that '{checkpoint}' was trained over ({now} here, {before} "
+                f"there); bring those back, or export with --adapter"
+            )
+    return CheckpointExport(pathlib.Path(checkpoint), run, recipe, DecoderConfig.from_hf(run / "base"), pretrained)
 
 
 def export_checkpoint(
-    export: CheckpointExport,
-    output: pathlib.Path,
-    *,
-    dtype: str | None = None,
-    max_shard_bytes: int = SHARD_BYTES,
-    adapter: bool = False,
+    export: CheckpointExport, output: pathlib.Path, *, dtype: str | None = None, max_shard_bytes: int = SHARD_BYTES
 ) -> float | None:
-    """A checkpoint as a Hugging Face folder, or its adapters as a PEFT folder, which has nothing to compare.
+    """A checkpoint as a Hugging Face folder; or its adapters, if those were to be opened, as a PEFT folder, which is not compared.
 
     The parameters are spread over as many of this machine's devices as divide the model's width.
     """
-    recipe, cfg, run = export.recipe, export.cfg, export.run
+    recipe, cfg = export.recipe, export.cfg
+    model = resolved(recipe.model, exact=not recipe.model.use_peft)
     ways = math.gcd(cfg.D, jax.device_count())
     mesh = make_mesh(1, ways, 1, devices=jax.devices()[:ways])
-    model = with_dtypes(recipe.model, training=True)
     if model.use_peft:
         shapes = adapter_shapes(cfg, model.lora_r, model.lora_target_modules)
     else:
         shapes = param_shapes(cfg, model.param_dtype)
-    trained = restore_params(export.checkpoint, shapes, param_shardings(shapes, mesh))
-    card = card_of(recipe, run / "base", results=None, adapter=adapter)
-    if adapter:
-        export_adapter(trained, cfg, model=model, base=run / "base", output=output, card=card)
+    shardings = param_shardings(shapes, mesh)
+    held = {
+        "parameters": bytes_per_device(param_shapes(cfg, model.param_dtype), param_shardings(param_shapes(cfg), mesh))
+    }
+    with explained(mesh, held, lambda: ["a machine with more memory or more devices; the checkpoint stays as it is"]):
+        return _export_checkpoint(export, model, mesh, shapes, shardings, output, dtype, max_shard_bytes)
+
+
+def _export_checkpoint(export, model, mesh, shapes, shardings, output, dtype, max_shard_bytes) -> float | None:
+    recipe, cfg, base = export.recipe, export.cfg, export.run / "base"
+    trained = restore_params(export.checkpoint, shapes, shardings)
+    only_adapter = model.use_peft and export.pretrained is None
+    options = {"base": base, "output": output, "card": card_of(recipe, base, results=None, adapter=only_adapter)}
+    if only_adapter:
+        export_adapter(trained, cfg, model=model, **options)
         return None
-    params = merged(export.pretrained.params(mesh, model.param_dtype), trained, model) if model.use_peft else trained
-    options = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
-    return export_model(params, cfg, mesh, base=run / "base", output=output, card=card, **options)
+    options |= {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
+    if model.use_peft:
+        frozen = export.pretrained.params(mesh, model.param_dtype)
+        return export_merged(trained, frozen, export.pretrained, mesh, model=model, **options)
+    return export_model(trained, cfg, mesh, **options)

@@ -4,7 +4,7 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,8 @@ GIB = 2**30
 WORDS = re.compile(r"out of memory|out_of_memory|alloc|reserve|hbm", re.IGNORECASE)
 # A kernel that outgrows a core's own memory is another matter.
 ON_CHIP = re.compile(r"vmem|smem|shared memory", re.IGNORECASE)
-FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+FRACTION = "XLA_CLIENT_MEM_FRACTION"
+FRACTIONS = (FRACTION, "XLA_PYTHON_CLIENT_MEM_FRACTION")  # its older name; JAX refuses both together
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -79,14 +80,14 @@ def explain(error: BaseException, held: dict[str, int], device, advice: list[str
 
 
 @contextlib.contextmanager
-def explained(recipe: Recipe, mesh: Mesh, held: dict[str, int]) -> Iterator[None]:
+def explained(mesh: Mesh, held: dict[str, int], advice: Callable[[], list[str]]) -> Iterator[None]:
     """Turns running out of memory in its body into a StoppedError that says what is held and what helps."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise StoppedError(explain(error, held, mesh.local_devices[0], what_helps(recipe, mesh, held))) from None
+        raise StoppedError(explain(error, held, mesh.local_devices[0], advice())) from None
 
 
 def what_helps(recipe: Recipe, mesh: Mesh, held: dict[str, int]) -> list[str]:
@@ -100,7 +101,7 @@ def what_helps(recipe: Recipe, mesh: Mesh, held: dict[str, int]) -> list[str]:
     def saves(size: int) -> str:
         return f"saves {size / GIB:.2f} GiB"
 
-    if device.platform == "gpu" and FRACTION not in os.environ:
+    if device.platform == "gpu" and not any(name in os.environ for name in FRACTIONS):
         found.append(f"{FRACTION}=0.95 in the environment (JAX takes 0.75 of a GPU unless told otherwise)")
     if limit is None or total < limit:  # else rows are not what there is no room for
         if data.rows_per_device > 1:

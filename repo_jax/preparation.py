@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from repo_jax.config import ModelSection, Recipe, RunSection
+from repo_jax.config import DataSection, ModelSection, Recipe, RunSection
 from repo_jax.data.batches import steps_per_epoch
 from repo_jax.data.rows import RowShape, suggest_row_length, suggest_scored_length, too_long
 from repo_jax.data.store import TokenStore
@@ -69,17 +69,21 @@ def decoder(model: ModelSection, cfg: DecoderConfig, mesh: Mesh) -> Decoder:
         jnp.dtype(model.compute_dtype),
         model.remat,
         attention="blocked" if one_cpu else "dense",
-        lora_scale=model.lora_alpha / model.lora_r,
+        lora_scale=model.lora_scale,
         lora_dropout=model.lora_dropout if model.use_peft else 0.0,
     )
 
 
-def with_dtypes(model: ModelSection, *, training: bool) -> ModelSection:
-    """The section with the dtypes that auto stands for on this machine."""
+def resolved(model: ModelSection, *, exact: bool) -> ModelSection:
+    """The section with a folder's whole path and the dtypes that auto stands for on this machine; `exact` where the parameters must hold small changes:
+    they are trained, or an adapter is merged into them."""
     compute = compute_dtype(model.compute_dtype, jax.devices()[0])
-    kept = "float32" if training and not model.use_peft else compute
+    kept = "float32" if exact else compute
     return dataclasses.replace(
-        model, compute_dtype=compute, param_dtype=kept if model.param_dtype == "auto" else model.param_dtype
+        model,
+        model_name_or_path=_absolute(model.model_name_or_path),
+        compute_dtype=compute,
+        param_dtype=kept if model.param_dtype == "auto" else model.param_dtype,
     )
 
 
@@ -106,12 +110,13 @@ def set_up(recipe: Recipe, *, training: bool) -> Setup:
         raise ValueError(
             f"'{recipe.model.model_name_or_path}' is a {kind}, which gives tokens no probability; give a language model"
         )
-    if recipe.model.use_peft and pretrained.adapter is not None:
+    adapts = training and recipe.model.use_peft
+    if adapts and pretrained.adapter is not None:
         raise ValueError(
             f"'{recipe.model.model_name_or_path}' is an adapter, and adapters over an adapter are not supported; merge it into its base "
             "with PEFT (merge_and_unload, then save_pretrained) and give that model, or train all parameters (use_peft: false)"
         )
-    if recipe.model.use_peft and recipe.model.lora_dropout and recipe.optim.mode == "two_pass":
+    if adapts and recipe.model.lora_dropout and recipe.optim.mode == "two_pass":
         raise ValueError(
             f"lora_dropout={recipe.model.lora_dropout:g} would drop other inputs in each pass of mode two_pass; set it to 0, or mode to direct"
         )
@@ -135,16 +140,28 @@ def set_up(recipe: Recipe, *, training: bool) -> Setup:
             )
     mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor)
     param_shardings(param_shapes(cfg), mesh)
-    if recipe.model.use_peft:
+    if adapts:
         adapter_shapes(cfg, recipe.model.lora_r, recipe.model.lora_target_modules)
     shape = _row_shape(recipe, [store for store in (train, held_out) if store is not None], mesh)
     total_steps = _total_steps(recipe, train) if training else 0
     recipe = dataclasses.replace(
         recipe,
-        model=with_dtypes(recipe.model, training=training),
+        data=_from_anywhere(recipe.data),
+        model=resolved(recipe.model, exact=pretrained.adapter is not None or (training and not adapts)),
         loss={"loss_type": DEFAULT_LOSS} | recipe.loss | hparams,
     )
     return Setup(recipe, loss, hparams, pretrained, tokenizer, train, held_out, mesh, shape, total_steps, push_to)
+
+
+def _absolute(name: str | None) -> str | None:
+    return str(pathlib.Path(name).absolute()) if name is not None and pathlib.Path(name).exists() else name
+
+
+def _from_anywhere(data: DataSection) -> DataSection:
+    """The section with what is here named so that it is found from another folder, and never taken for a name on the Hub."""
+    mixer = data.dataset_mixer and {_absolute(name): share for name, share in data.dataset_mixer.items()}
+    names = {name: _absolute(getattr(data, name)) for name in ("dataset_name", "eval_dataset_name")}
+    return dataclasses.replace(data, dataset_mixer=mixer, **names)
 
 
 def _push_to(run: RunSection) -> str | None:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from repo_jax.data.rows import round_up
@@ -17,9 +18,7 @@ from repo_jax.data.schema import PairTokens
 from repo_jax.logps import exact_matmuls
 from repo_jax.models.decoder import Decoder
 from repo_jax.preparation import Setup
-from repo_jax.sharding import BATCH, batch_ways
-
-ROWS = 8  # answers a device takes at a time
+from repo_jax.sharding import BATCH
 
 
 def sequence_scores(model: Decoder, variables: dict, tokens_BT, lengths_B):
@@ -36,8 +35,8 @@ def sequence_scores(model: Decoder, variables: dict, tokens_BT, lengths_B):
 def pair_rewards(setup: Setup, variables: dict, pairs: Sequence[PairTokens]) -> np.ndarray:
     """rewards_P2: the one score of both answers of every pair, each after its prompt."""
     ids = [np.concatenate([pair.prompt, branch]) for pair in pairs for branch in pair.branches]
-    T, B = round_up(max(map(len, ids)), 128), ROWS * batch_ways(setup.mesh)
-    score = jax.jit(functools.partial(sequence_scores, setup.model))
+    T, B = round_up(max(map(len, ids)), 128), setup.shape.R
+    score = jax.jit(functools.partial(sequence_scores, setup.model), out_shardings=NamedSharding(setup.mesh, P()))
     spread, rewards = NamedSharding(setup.mesh, BATCH), []
     for start in tqdm(range(0, len(ids), B), desc="scoring", unit=f" x {B} answers", disable=None, leave=False):
         group = ids[start : start + B]

@@ -11,6 +11,7 @@ from repo_jax.checkpoint import holds_checkpoints
 from repo_jax.config import Recipe, dump_recipe
 from repo_jax.evaluation import Evaluation, summarize
 from repo_jax.export import check_output, write_base
+from repo_jax.models.tensors import fingerprint
 from repo_jax.preparation import Setup
 
 # What may change when a run goes on: where and how it computes, not what.
@@ -36,19 +37,21 @@ def claim(setup: Setup) -> None:
         "recipe": _fixed(recipe),
         "data": {"train": setup.train.key, "held_out": setup.held_out and setup.held_out.key},
     }
+    if recipe.model.use_peft:  # a checkpoint holds adapters alone: what they lie over must stay what it was
+        identity["base"] = {"weights": fingerprint(setup.pretrained.files.weights)}
     claimed = folder / "identity.yaml"
-    if claimed.exists():
+    if claimed.exists() and holds_checkpoints(folder):  # before the first there is nothing to lose
         changes = _differences(yaml.safe_load(claimed.read_text(encoding="utf-8")), identity)
         if changes:
             raise ValueError(
                 f"output_dir='{folder}' holds another run ({'; '.join(changes)}); name a new output_dir, or remove that folder"
             )
-    elif holds_checkpoints(folder) or (folder / "recipe.yaml").exists():
+    elif not claimed.exists() and (holds_checkpoints(folder) or (folder / "recipe.yaml").exists()):
         raise ValueError(
             f"output_dir='{folder}' holds files that are not from a run of repo-jax; name a new output_dir"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    if not claimed.exists():
+    if not holds_checkpoints(folder):
         write_base(setup.pretrained.files, setup.cfg, setup.tokenizer, folder / "base")
         write_whole(claimed, yaml.safe_dump(identity, sort_keys=False, allow_unicode=True))
     write_whole(folder / "recipe.yaml", dump_recipe(recipe))

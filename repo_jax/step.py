@@ -38,7 +38,7 @@ def place(batch: RowBatch, mesh: Mesh) -> RowBatch:
 class Gathered(NamedTuple):
     """What micro-batches add up to."""
 
-    grads: dict  # float32, of the sum over the pairs so far divided by B
+    grads: dict  # of the sum over the pairs so far divided by B; added in float32, though bfloat16 parameters round each part
     pairs: PairLogps  # zero where a pair has not come yet
 
 

@@ -11,20 +11,19 @@ from repo_jax.data.sources import has_splits, open_source
 from repo_jax.data.store import TokenStore, is_prepared, open_prepared, open_store
 from repo_jax.models.hub import ModelFiles, find_model
 
+FETCHED: dict[tuple, ModelFiles] = {}  # by this process: (name, revision, cache_dir, weights) -> where it is
+
 
 def model_files(recipe: Recipe, *, weights: bool = False) -> ModelFiles:
     """Where the recipe's model lies, fetched if it is not here; without `weights` configuration and tokenizer are enough."""
     model = recipe.model
-    given = (model.model_name_or_path, model.model_revision, recipe.data.cache_dir, weights)
+    given = (model.model_name_or_path, model.model_revision, recipe.data.cache_dir)
     # What is fetched is fetched once, so that a command sees one version of it.
-    return _find(*given) if pathlib.Path(model.model_name_or_path).is_dir() else _find_once(*given)
-
-
-def _find(name: str, revision: str | None, cache_dir: str, weights: bool) -> ModelFiles:
-    return find_model(name, revision=revision, cache_dir=cache_dir, weights=weights)
-
-
-_find_once = functools.cache(_find)
+    fetched = FETCHED.get((*given, True)) or FETCHED.get((*given, weights))
+    if fetched is None or pathlib.Path(model.model_name_or_path).is_dir():
+        fetched = find_model(given[0], revision=given[1], cache_dir=given[2], weights=weights)
+        FETCHED[*given, weights] = fetched
+    return fetched
 
 
 def tokenizer_of(recipe: Recipe):

@@ -9,8 +9,8 @@ from repo_jax.checkpoint import Checkpoints
 from repo_jax.config import Recipe
 from repo_jax.data.batches import batch_indices
 from repo_jax.evaluation import evaluate_pairs
-from repo_jax.export import card_of, export_adapter, export_model, merged, push_export
-from repo_jax.memory import explained, held_in_training
+from repo_jax.export import card_of, export_adapter, export_merged, export_model, push_export
+from repo_jax.memory import explained, held_in_training, what_helps
 from repo_jax.models.lora import init_adapters
 from repo_jax.optimizer import make_optimizer
 from repo_jax.preparation import Setup, set_up
@@ -44,7 +44,8 @@ def run(setup: Setup) -> pathlib.Path:
     optimizer = make_optimizer(recipe.optim, setup.total_steps)
     shapes = state_shapes(setup.trained_shapes, optimizer)
     shardings = state_shardings(shapes, optimizer, setup.mesh)
-    with explained(recipe, setup.mesh, held_in_training(shapes, shardings, setup.frozen_shapes)):
+    held = held_in_training(shapes, shardings, setup.frozen_shapes)
+    with explained(setup.mesh, held, lambda: what_helps(recipe, setup.mesh, held)):
         return _run(setup, optimizer, shapes, shardings, folder)
 
 
@@ -119,12 +120,13 @@ def finish(setup: Setup, params: dict, frozen: dict | None, folder: pathlib.Path
     if results is not None:
         margins = tuple(np.load(folder / f"margins_{when}.npy") for when in ("before", "after"))
     recipe, base = setup.recipe, folder / "base"
-    if frozen is not None:
+    options = {"base": base, "output": folder / "hf", "card": card_of(recipe, base, results=results, adapter=False)}
+    if frozen is None:
+        difference = export_model(params, setup.cfg, setup.mesh, **options)
+    else:
         card = card_of(recipe, base, results=results, adapter=True)
         export_adapter(params, setup.cfg, model=recipe.model, base=base, output=folder / "adapter", card=card)
-        params = merged(frozen, params, recipe.model)
-    card = card_of(recipe, base, results=results, adapter=False)
-    difference = export_model(params, setup.cfg, setup.mesh, base=base, output=folder / "hf", card=card)
+        difference = export_merged(params, frozen, setup.pretrained, setup.mesh, model=recipe.model, **options)
     report = write_report(
         folder,
         metrics=read_metrics(folder / "metrics.jsonl"),

@@ -409,8 +409,8 @@ def test_settings_that_are_missing_are_noted(generate, tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (("--temperature", -1), "temperature=-1.0; give a number from 0, which takes the likeliest token"),
-        (("--temperature", "nan"), "temperature=nan; give a number from 0, which takes the likeliest token"),
+        (("--temperature", -1), "temperature=-1.0; give 0, which takes the likeliest token, or a number from 0.001"),
+        (("--temperature", "nan"), "temperature=nan; give 0, which takes the likeliest token, or a number from 0.001"),
         (("--top_k", -1), "top_k=-1; give a number of tokens, or 0 for all"),
         (("--top_p", 0), "top_p=0.0; give a probability above 0 and at most 1"),
         (("--max_new_tokens", 0), "max_new_tokens=0; give a whole number from 1"),

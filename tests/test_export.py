@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from examples import ROOT, STORIES, one_device, stories
@@ -16,7 +17,7 @@ from repo_jax.config import dump_recipe, to_recipe
 from repo_jax.data.chat import load_tokenizer
 from repo_jax.export import export_model, model_card, write_base
 from repo_jax.models import hf
-from repo_jax.models.decoder import param_shapes
+from repo_jax.models.decoder import Decoder, param_shapes
 from repo_jax.models.hub import ModelFiles
 from repo_jax.sharding import param_shardings
 
@@ -112,11 +113,12 @@ def test_an_export_that_does_not_read_back_alike_is_no_export(base, tmp_path, mo
 def test_the_probe_notices_a_change_in_any_parameter(dtype):
     cfg, params = stories()
     rounding = export._rounding(cfg, dict.fromkeys(hf.expected_tensors(cfg), dtype))
-    plain = export.probe(params, cfg, one_device(), rounding)
+    model = Decoder(cfg, jnp.float32)
+    plain = export.probe({"params": params}, model, one_device(), rounding)
     leaves, tree = jax.tree.flatten(params)
     for i, leaf in enumerate(leaves):
         changed = tree.unflatten([*leaves[:i], leaf * 1.05, *leaves[i + 1 :]])
-        assert np.abs(export.probe(changed, cfg, one_device(), rounding) - plain).max() > 1e-3
+        assert np.abs(export.probe({"params": changed}, model, one_device(), rounding) - plain).max() > 1e-3
 
 
 POD = """
@@ -128,7 +130,7 @@ jax.distributed.initialize("127.0.0.1:" + sys.argv[1], 2, int(sys.argv[2]))
 import optax
 from repo_jax.checkpoint import Checkpoints
 from repo_jax.models.config import DecoderConfig
-from repo_jax.models.decoder import param_shapes
+from repo_jax.models.decoder import Decoder, param_shapes
 from repo_jax.models.hf import from_hf
 from repo_jax.sharding import make_mesh
 from repo_jax.state import initial_state, state_shapes, state_shardings

@@ -138,15 +138,14 @@ def test_everything_that_helps_is_named_cheapest_first():
     ]
 
 
-def test_the_share_of_a_gpu_that_jax_leaves_alone_is_named_first(monkeypatch):
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+@pytest.mark.parametrize("name", ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"])
+def test_the_share_of_a_gpu_that_jax_leaves_alone_is_named_first(monkeypatch, name):
+    for known in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(known, raising=False)
     first, *others = what_helps(recipe(), mesh_of(limit=60 * GIB, platform="gpu"), FULL)
-    assert (
-        first
-        == "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment (JAX takes 0.75 of a GPU unless told otherwise)"
-    )
+    assert first == "XLA_CLIENT_MEM_FRACTION=0.95 in the environment (JAX takes 0.75 of a GPU unless told otherwise)"
     assert others == what_helps(recipe(), mesh_of(limit=60 * GIB), FULL)
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    monkeypatch.setenv(name, "0.9")
     assert what_helps(recipe(), mesh_of(limit=60 * GIB, platform="gpu"), FULL) == others
 
 
@@ -217,8 +216,14 @@ def test_a_device_that_does_not_say_how_much_it_has_is_explained_too(real_error)
 
 
 def test_work_that_runs_out_of_memory_ends_with_the_explanation(real_error):
-    with pytest.raises(StoppedError) as stopped, explained(recipe(), one_device(), FULL):
+    with (
+        pytest.raises(StoppedError) as stopped,
+        explained(one_device(), FULL, lambda: what_helps(recipe(), one_device(), FULL)),
+    ):
         raise real_error
     assert str(stopped.value) == explain(real_error, FULL, jax.devices()[0], what_helps(recipe(), one_device(), FULL))
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), explained(recipe(), one_device(), FULL):
+    with (
+        pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"),
+        explained(one_device(), FULL, lambda: what_helps(recipe(), one_device(), FULL)),
+    ):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")

@@ -320,7 +320,11 @@ def test_export_writes_the_adapter_or_the_model_of_any_checkpoint(adapted, unbro
     error = refused(
         capsys, "export", "--adapter", "--checkpoint", unbroken[0] / "checkpoint-12", "--output", tmp_path / "x"
     )
-    assert "is of a run without use_peft; leave it out" in error
+    assert "is of a run without use_peft, which has no adapter; leave out --adapter" in error
+    for given in (["--adapter", "--dtype", "float32"], ["--hub_revision", "x"]):
+        assert "leave out --dtype" in (
+            error := refused(capsys, "export", "--checkpoint", checkpoint, "--output", tmp_path / "y", *given)
+        ) or ("given without --push_to_hub" in error)
 
 
 def test_dropout_of_adapters_is_the_same_in_a_run_that_goes_on_and_needs_direct(recipe, tmp_path, capsys):

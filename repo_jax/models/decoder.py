@@ -57,6 +57,26 @@ def rms_norm(x, scale, *, eps: float, unit_offset: bool = False):
     return (normed * (1 + scale if unit_offset else scale)).astype(x.dtype)
 
 
+@jax.custom_vjp
+def look_up(table_VD, tokens_BT):
+    """Rows of the table. Its gradient, a sum over all tokens, is added up in float32 whatever the table's dtype."""
+    # Gathering the table's D shards first keeps XLA from replicating the activations after the look-up.
+    return constrain(table_VD, P("tensor", None))[tokens_BT]
+
+
+def _look_up_fwd(table_VD, tokens_BT):
+    return look_up(table_VD, tokens_BT), (table_VD, tokens_BT)
+
+
+def _look_up_bwd(residuals, g_BTD):
+    table_VD, tokens_BT = residuals
+    zeros_VD = constrain(jnp.zeros(table_VD.shape, jnp.float32), P("tensor", None))
+    return zeros_VD.at[tokens_BT].add(g_BTD.astype(jnp.float32)).astype(table_VD.dtype), None
+
+
+look_up.defvjp(_look_up_fwd, _look_up_bwd)
+
+
 class Block(nn.Module):
     """What the parts of a layer share: parameters whose names end in their axes, each a field of the configuration."""
 
@@ -174,10 +194,7 @@ class Decoder(nn.Module):
             self.param("score_YD", INIT, (c.labels, c.D))  # declared here, used by logps.py, like the head
         elif not c.tie_embeddings:
             self.param("head_VD", INIT, (c.padded_V, c.D))
-        # Gathering the table's D shards first keeps XLA from replicating the activations after the look-up.
-        # Looking up before the cast keeps the table's gradient, a sum over all tokens, in its own dtype.
-        table_VD = constrain(embed_VD, P("tensor", None))
-        x_BTD = constrain(table_VD[tokens_BT].astype(self.dtype), BATCH)
+        x_BTD = constrain(look_up(embed_VD, tokens_BT).astype(self.dtype), BATCH)
         if c.scale_embeddings:
             x_BTD = x_BTD * jnp.asarray(c.D**0.5, self.dtype)
         if cache is None:
@@ -215,26 +232,31 @@ class Decoder(nn.Module):
         layer = Layer(self.cfg, self.lora_scale, self.lora_dropout, self.attention)
         dropping = self.lora_dropout and self.has_rng("dropout") and "lora" in variables
 
-        @functools.partial(jax.checkpoint, policy=REMAT[self.remat], prevent_cse=False)
-        def one(variables, x_BTD, view, cached, key):
+        # A layer is picked out of its period inside: what the loop keeps for the backward pass is then the stack itself. A layer
+        # picked outside would be kept, and all of them together are a copy of the parameters.
+        @functools.partial(jax.checkpoint, policy=REMAT[self.remat], prevent_cse=False, static_argnums=3)
+        def one(inputs, x_BTD, view, j):
+            variables, cached, key = inputs if len(windows) == 1 else jax.tree.map(lambda leaf: leaf[j], inputs)
+            cached = None if cached is None else (*cached, filled)
             return layer.apply(variables, x_BTD, view, cached, rngs=None if key is None else {"dropout": key})
 
         def period(x_BTD, inputs):
             kept = []
             for j, window in enumerate(windows):
-                variables, cached, key = jax.tree.map(lambda leaf, j=j: leaf[j], inputs)
-                cached = None if cached is None else (*cached, filled)
-                x_BTD, new = one(variables, x_BTD, views[window], cached, key)
+                x_BTD, new = one(inputs, x_BTD, views[window], j)
                 kept.append(new)
-            return x_BTD, jax.tree.map(lambda *layers: jnp.stack(layers), *kept)
+            return x_BTD, kept[0] if len(windows) == 1 else jax.tree.map(lambda *layers: jnp.stack(layers), *kept)
 
         keys_L = jax.random.split(self.make_rng("dropout"), length) if dropping else None
-        periods = jax.tree.map(
-            lambda leaf: leaf.reshape(length // len(windows), len(windows), *leaf.shape[1:]),
-            (variables, cached, keys_L),
-        )
+        periods = (variables, cached, keys_L)
+        if len(windows) > 1:  # a reshape that changes nothing would cost a CPU a copy of every weight
+            periods = jax.tree.map(
+                lambda leaf: leaf.reshape(length // len(windows), len(windows), *leaf.shape[1:]), periods
+            )
         x_BTD, kept = jax.lax.scan(period, x_BTD, periods)
-        return x_BTD, jax.tree.map(lambda leaf: leaf.reshape(length, *leaf.shape[2:]), kept)
+        if len(windows) > 1:
+            kept = jax.tree.map(lambda leaf: leaf.reshape(length, *leaf.shape[2:]), kept)
+        return x_BTD, kept
 
 
 def _init_stack(cfg: DecoderConfig, length: int, key):

@@ -30,7 +30,7 @@ PREFIX = "base_model.model."  # PEFT puts it before every name of the model it a
 
 # What adapter_config.json may say: these are read here or change nothing; whatever else it says must be off.
 READ = {"base_model_name_or_path", "revision", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
-READ |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+READ |= {"target_modules", "exclude_modules", "layers_to_transform"}
 HARMLESS = {"auto_mapping", "peft_version", "inference_mode", "lora_dropout", "megatron_core", "qalora_group_size"}
 HARMLESS |= {"runtime_config", "eva_config", "ensure_weight_tying"}
 ALLOWED = {
@@ -106,26 +106,6 @@ def init_adapters(key: jax.Array, shapes: dict, shardings: dict) -> dict:
         return unflatten_dict(adapters, sep="/")
 
     return jax.jit(init, out_shardings=shardings)()
-
-
-def merge(params: dict, adapters: dict, scale: float) -> dict:
-    """The parameters with W + scale * A B in the place of every adapted W, computed in float32 a layer at a time."""
-    params, pairs = flatten_dict(params, sep="/"), {}
-    for path, leaf in flatten_dict(adapters, sep="/").items():
-        weight, _, name = path.rpartition("/")
-        pairs.setdefault(weight, {})[name] = leaf
-    for path, pair in pairs.items():
-        a_name, b_name = sorted(pair)  # a_Dr, b_rNH
-        product = f"{a_name.removeprefix('a_')},{b_name.removeprefix('b_')}->{path.rpartition('_')[2]}"
-
-        def merged(layer, product=product):
-            w, a, b = layer
-            a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-            delta = jnp.einsum(product, a, b, precision=jax.lax.Precision.HIGHEST)
-            return (w.astype(jnp.float32) + scale * delta).astype(w.dtype)
-
-        params[path] = jax.lax.map(merged, (params[path], pair[a_name], pair[b_name]))
-    return unflatten_dict(params, sep="/")
 
 
 def save_adapter(
@@ -294,6 +274,8 @@ def _read_config(path: pathlib.Path) -> dict:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON ({error}); fetch it again") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a {type(config).__name__}, not an adapter's configuration; fetch it again")
     if missing := [name for name in ("base_model_name_or_path", "r", "lora_alpha") if not config.get(name)]:
         raise ValueError(f"{path} does not say {', '.join(missing)}; write it there")
     odd = {name: value for name, value in config.items() if name not in READ | HARMLESS | set(ALLOWED) and value}

@@ -9,8 +9,9 @@ import pytest
 from examples import STORIES, TINY, one_device, random_params
 
 from repo_jax.models.config import DecoderConfig
-from repo_jax.models.decoder import REMAT, Decoder, empty_cache, next_token_logits, output_head, param_shapes
+from repo_jax.models.decoder import REMAT, Decoder, empty_cache, look_up, next_token_logits, output_head, param_shapes
 from repo_jax.models.hf import from_hf
+from repo_jax.models.lora import adapter_shapes
 from repo_jax.sharding import param_shardings
 
 # Everything that families add to Llama and that attention has to know: windows on some layers, a cap, a scale, norms of heads.
@@ -176,3 +177,22 @@ def test_the_greedy_story_of_the_real_model_is_reproduced():
     params = from_hf(STORIES, cfg, param_shardings(param_shapes(cfg), one_device()))
     out = hidden(cfg, params, greedy["ids"]) @ params["embed_VD"].T
     assert np.argmax(out, axis=-1)[:-1].tolist() == greedy["ids"][1:]
+
+
+@pytest.mark.parametrize("windows", [(None,), (4, None)], ids=["plain", "windowed"])
+def test_the_backward_pass_keeps_no_copy_of_the_parameters(windows):
+    cfg = DecoderConfig(D=64, F=256, N=4, K=4, H=16, V=128, L=8, max_positions=64, windows=windows)
+    model, params, adapters = Decoder(cfg, jnp.float32), param_shapes(cfg), adapter_shapes(cfg, 2, None)
+    ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+
+    def objective(adapters, params, ids):
+        return model.apply({"params": params, "lora": adapters}, ids, ids, ids, ids).sum()
+
+    memory = jax.jit(jax.grad(objective)).lower(adapters, params, ids).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 0.5 * sum(4 * leaf.size for leaf in jax.tree.leaves(params))
+
+
+def test_the_gradient_of_a_token_that_is_everywhere_is_a_float32_sum_also_in_bfloat16():
+    tokens, table = jnp.zeros((1, 2000), jnp.int32), jnp.ones((4, 2), jnp.bfloat16)
+    grad = jax.grad(lambda table: look_up(table, tokens).astype(jnp.float32).sum())(table)
+    assert grad.dtype == jnp.bfloat16 and grad[:, 0].tolist() == [2000, 0, 0, 0]
