@@ -134,6 +134,7 @@ def test_a_recipe_is_frozen(load):
 
 
 MISTAKES = {
+    "model: {model_name_or_path: m, lora_r: 8}": "lora_r given without use_peft: true, so there are no adapters; add it",
     # names
     "optim: {learning_rates: 1}": "recipe.optim has no field 'learning_rates'; did you mean 'learning_rate'?",
     "run: {logs: 1}": f"recipe.run has no field 'logs'; it has {RUN_FIELDS}",

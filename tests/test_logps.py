@@ -258,7 +258,7 @@ def test_weighted_sums_are_those_of_float64_numpy_in_value_and_gradient(tmp_path
 
     # The slope of the oracle in a random direction, against the gradient's share of that direction.
     rng, step = np.random.default_rng(0), 1e-4
-    ours = dict(hf_tensors(jax.tree.map(np.float32, grads), cfg, dtype="float32"))
+    ours = dict(hf_tensors(jax.tree.map(np.float32, grads), cfg, dtypes="float32"))
     for _ in range(2):
         direction = {name: rng.normal(size=tensor.shape) * abs(tensor).mean() for name, tensor in start.items()}
         up, down = (oracle({name: start[name] + sign * step * direction[name] for name in start}) for sign in (1, -1))

@@ -14,6 +14,7 @@ from repo_jax.data.rows import RowShape, row_batches
 from repo_jax.data.weights import ld, temporal_decay
 from repo_jax.losses import make_loss
 from repo_jax.models.decoder import Decoder, param_shapes
+from repo_jax.models.lora import adapter_shapes
 from repo_jax.sharding import make_mesh
 from repo_jax.state import TrainState, initial_state, state_shapes, state_shardings
 from repo_jax.step import Scorer, TrainStep
@@ -182,3 +183,51 @@ def test_the_state_that_comes_in_is_donated():
     state = initial_state(jax.tree.map(jnp.copy, params), optimizer, shardings)
     step(state, sixteen_pairs())
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt_state[0].mu)))
+
+
+# Adapters over frozen parameters
+
+
+def adapted_step(*, mesh=None, mode="direct", shape=None, dropout=0.0, seed=0):
+    """A step that trains adapters whose effect is not zero."""
+    mesh = mesh or one_device()
+    cfg, frozen = stories(mesh)
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    shapes = adapter_shapes(cfg, 4, "all-linear")
+    rng = np.random.default_rng(1)
+    adapters = jax.tree.map(lambda leaf: np.float32(rng.normal(scale=0.05, size=leaf.shape)), shapes)
+    loss, hparams = make_loss("repo", gamma=0.5)
+    model, optimizer = Decoder(cfg, jnp.float32, lora_scale=2.0, lora_dropout=dropout), optax.sgd(1.0)
+    shardings = state_shardings(state_shapes(shapes, optimizer), optimizer, mesh)
+    scorer = Scorer(model, loss, hparams, mesh, shape or RowShape(rows, 128, 96))
+    step = TrainStep(scorer, model, loss, optimizer, shardings, mode=mode, frozen=frozen, seed=seed)
+    return step, jax.device_put(adapters, shardings.params)
+
+
+def distance(one, other):
+    return np.linalg.norm(flat(one) - flat(other)) / np.linalg.norm(flat(other))
+
+
+def test_the_gradient_of_adapters_is_one_function_of_the_pairs_too():
+    step, adapters = adapted_step(shape=RowShape(16, 80, 60))
+    wanted, wanted_metrics = step.mean_grads(adapters, sixteen_pairs())
+    for options in (
+        {"mode": "two_pass"},
+        {"mesh": make_mesh(1, 4, 2)},
+        {"mesh": make_mesh(2, 2, 2), "mode": "two_pass"},
+    ):
+        step, adapters = adapted_step(**options)
+        grads, metrics = step.mean_grads(adapters, sixteen_pairs())
+        assert distance(grads, wanted) <= 1e-5
+        np.testing.assert_allclose(metrics["loss"], wanted_metrics["loss"], rtol=1e-5)
+
+
+def test_what_dropout_drops_depends_on_seed_and_update_alone():
+    step, adapters = adapted_step(dropout=0.3)
+    first, other = (step.mean_grads(adapters, sixteen_pairs(), update=k)[0] for k in (0, 1))
+    again, _ = adapted_step(dropout=0.3)
+    np.testing.assert_array_equal(flat(again.mean_grads(adapters, sixteen_pairs(), update=0)[0]), flat(first))
+    reseeded, _ = adapted_step(dropout=0.3, seed=1)
+    plain, _ = adapted_step()
+    for grads in (other, *(one.mean_grads(adapters, sixteen_pairs(), update=0)[0] for one in (reseeded, plain))):
+        assert distance(grads, first) > 0.01

@@ -1,6 +1,5 @@
 """Whole runs of the real model on a few real pairs, through the command line."""
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -19,9 +18,7 @@ import yaml
 from examples import ASSETS, ROOT, STORIES
 
 from repo_jax.cli import main
-from repo_jax.config import leaf_fields, load_recipe
 from repo_jax.run_folder import read_metrics
-from repo_jax.training import train
 
 STEPS, SAVE = 12, 5
 
@@ -325,34 +322,6 @@ def test_export_writes_the_adapter_or_the_model_of_any_checkpoint(adapted, unbro
         assert "leave out --dtype" in (
             error := refused(capsys, "export", "--checkpoint", checkpoint, "--output", tmp_path / "y", *given)
         ) or ("given without --push_to_hub" in error)
-
-
-def test_dropout_of_adapters_is_the_same_in_a_run_that_goes_on_and_needs_direct(recipe, tmp_path, capsys):
-    flags = [*LORA, "--lora_dropout", "0.5"]
-    first, second = (load_recipe(recipe, overrides(flags, tmp_path / name)) for name in ("first", "second"))
-    train(first)
-    train(dataclasses.replace(second, run=dataclasses.replace(second.run, save_steps=3)))
-    shutil.rmtree(tmp_path / "second" / "checkpoint-4")
-    train(dataclasses.replace(second, run=dataclasses.replace(second.run, save_steps=3)))
-    ours, theirs = (
-        (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("first", "second")
-    )
-    assert ours == theirs
-    logged = lines(tmp_path / "first")
-    assert logged[0]["loss"] != pytest.approx(
-        json.loads((tmp_path / "first" / "eval_results.json").read_text())["before"]["loss"]
-    )
-    error = refused(capsys, "train", recipe, *flags, "--mode", "two_pass", "--output_dir", tmp_path / "third")
-    assert (
-        "lora_dropout=0.5 would drop other inputs in each pass of mode two_pass; set it to 0, or mode to direct"
-        in error
-    )
-
-
-def overrides(flags, folder) -> dict:
-    names = {leaf: f"{section}.{leaf}" for leaf, (section, _) in leaf_fields().items()}
-    given = {names[flag[2:]]: value for flag, value in zip(flags[::2], flags[1::2], strict=True)}
-    return {name: yaml.safe_load(value) for name, value in given.items()} | {"run.output_dir": str(folder)}
 
 
 def test_parameters_in_bfloat16_train_too(recipe, tmp_path):

@@ -121,7 +121,7 @@ def ours(request, trl) -> tuple[list[dict], dict[str, np.ndarray]]:
         assert 1 < len(row_batches(batch, scorer.shape)) < PAIRS  # pairs share rows, and gradients add up over rows
         state, metrics = step(state, batch)
         logs.append({name: float(value) for name, value in metrics.items()})
-    return logs, dict(hf_tensors(state.params, cfg, dtype="float32"))
+    return logs, dict(hf_tensors(state.params, cfg, dtypes="float32"))
 
 
 def test_a_pair_has_the_ids_and_the_scored_tokens_that_trl_gives_it(trl):
