@@ -53,6 +53,9 @@ IGNORED = {
     "begin_suppress_tokens": (None, []),
     "forced_bos_token_id": (None,),
     "forced_eos_token_id": (None,),
+    "encoder_repetition_penalty": (None, 1, 1.0),
+    "exponential_decay_length_penalty": (None,),
+    "guidance_scale": (None, 1, 1.0),
     "sequence_bias": (None, {}, []),
     "stop_strings": (None, []),
 }

@@ -117,6 +117,8 @@ def what_helps(recipe: Recipe, mesh: Mesh, held: dict[str, int]) -> list[str]:
         )
     if full and optim.optim == "adamw" and optim.moment_dtype == "float32":
         found.append(f"moment_dtype: bfloat16 ({saves(held['moments'] // 4)})")
+    if full and optim.optim == "lion" and optim.moment_dtype == "float32":
+        found.append(f"moment_dtype: bfloat16, with adam_beta2: 0.99 ({saves(held['moments'] // 2)})")
     if full and optim.optim != "adafactor":
         found.append(f"optim: adafactor ({saves(held['moments'])})")
     if model.param_dtype == "float32":

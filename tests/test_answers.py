@@ -2,18 +2,23 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import filelock
 import jax
+import numpy as np
 import pytest
+import safetensors.numpy
 from examples import ROOT, STORIES
 from families import FAMILIES
 
 from repo_jax import answers, cli
 from repo_jax.answers import end_of_turn, read_prompts, read_sampling
+from repo_jax.config import load_recipe
 from repo_jax.data.chat import load_tokenizer
 from repo_jax.data.sources import RawRow
 
@@ -230,10 +235,10 @@ def data(tmp_path):
 def generate(data, tmp_path):
     """Runs the command with two prompts at a time; returns the lines of its output."""
 
-    def run(*flags, output="out.jsonl"):
-        argv = ["generate", "--model", STORIES, "--data", data, "--output", tmp_path / output, "--batch_size", 2]
-        assert cli.main([str(arg) for arg in (*argv, *flags)]) == 0
-        return (tmp_path / output).read_bytes().splitlines(keepends=True)
+    def run(*flags, output="out.jsonl", code=0, model=STORIES):
+        argv = ["generate", "--model", model, "--data", data, "--output", tmp_path / output, "--batch_size", 2]
+        assert cli.main([str(arg) for arg in (*argv, *flags)]) == code
+        return (tmp_path / output).read_bytes().splitlines(keepends=True) if code == 0 else []
 
     return run
 
@@ -242,10 +247,9 @@ def generate(data, tmp_path):
 def refused(generate, capsys):
     """Runs the command, which must fail in one line; returns the line."""
 
-    def run(*flags, output="out.jsonl"):
+    def run(*flags, **given):
         capsys.readouterr()
-        with pytest.raises(AssertionError):
-            generate(*flags, output=output)
+        generate(*flags, **{"code": 2} | given)
         out, err = capsys.readouterr()
         assert out == "" and err.startswith("repo-jax: ") and err.count("\n") == 1
         return err.removeprefix("repo-jax: ").removesuffix("\n")
@@ -392,6 +396,38 @@ def test_answers_made_otherwise_are_not_gone_on_with(generate, refused, data, tm
     assert len(generate("--max_new_tokens", 16, "--temperature", 0.5)) == len(PROMPTS)
 
 
+def test_answers_of_other_weights_are_not_gone_on_with(generate, refused, tmp_path):
+    model = shutil.copytree(STORIES, tmp_path / "model")
+    generate(*SHORT, model=model)
+    same = shutil.copytree(model, tmp_path / "copy")
+    model.rename(tmp_path / "moved")
+    same.rename(model)
+    generate(*SHORT, model=model)  # a copy is the same model
+    weights = safetensors.numpy.load_file(model / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] * np.float32(1.01)
+    safetensors.numpy.save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    assert "holds answers made otherwise (weights '" in refused(*SHORT, model=model)
+
+
+@pytest.mark.parametrize("content", ['{"instruction": "mine"}', '[{"a": 1}]', "precious"])
+def test_a_file_without_a_newline_is_not_taken_for_one_that_was_cut(refused, tmp_path, content):
+    (tmp_path / "out.jsonl").write_text(content)
+    assert "holds something else than answers of this run; name another --output, or remove the file" in refused(*SHORT)
+    assert (tmp_path / "out.jsonl").read_text() == content
+
+
+def test_two_runs_never_write_into_one_file(refused, tmp_path):
+    with filelock.FileLock(tmp_path / ".out.jsonl.lock"):
+        assert refused(*SHORT, code=1).startswith(f"another run writes '{tmp_path / 'out.jsonl'}'; wait for it")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_an_answer_gets_no_more_room_than_the_model_has_positions(data, tmp_path):
+    fields = {"model.model_name_or_path": str(STORIES), "data.eval_dataset_name": str(data)}
+    job = answers.prepare(load_recipe(None, fields), tmp_path / "out.jsonl", max_new_tokens=10**12)
+    assert job.sampling.max_new_tokens == 511
+
+
 def test_settings_that_are_missing_are_noted(generate, tmp_path, capsys):
     whole = generate(*SHORT)
     (tmp_path / "out.jsonl.settings.json").unlink()
@@ -409,6 +445,11 @@ def test_settings_that_are_missing_are_noted(generate, tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, said",
     [
+        (
+            ("--max_prompt_length", 9, "--schema", "hh"),
+            "generate does not read max_prompt_length, schema; leave it out",
+        ),
+        (("--learning_rate", 1), "generate does not read learning_rate; leave it out"),
         (("--temperature", -1), "temperature=-1.0; give 0, which takes the likeliest token, or a number from 0.001"),
         (("--temperature", "nan"), "temperature=nan; give 0, which takes the likeliest token, or a number from 0.001"),
         (("--top_k", -1), "top_k=-1; give a number of tokens, or 0 for all"),

@@ -92,6 +92,23 @@ def test_evaluate_has_short_flags_for_model_and_data(recipe, refusal):
     assert refusal("evaluate", recipe, "--data", "x.jsonl").startswith("'x.jsonl' is neither a file nor a folder;")
 
 
+def test_a_model_of_the_command_line_has_no_revision_of_the_recipes(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: {model_name_or_path: ORG/NAME, model_revision: abc}\n")
+
+    def revision(*flags):
+        arguments, _, overrides = cli.parse(["evaluate", str(recipe), *flags])
+        return cli.recipe_with_data(arguments, overrides, "data.eval_dataset_name").model.model_revision
+
+    assert revision() == "abc"
+    assert revision("--model", "other") is None
+    assert revision("--model", "other", "--model_revision", "def") == "def"
+
+
+def test_an_output_that_is_a_folder_is_answered_before_any_work(recipe, refusal, tmp_path):
+    assert refusal("evaluate", recipe, "--output", str(tmp_path)) == f"--output '{tmp_path}' is a folder; name a file"
+
+
 @pytest.fixture
 def help_of(capsys, monkeypatch):
     """What --help prints of a command, in one line."""

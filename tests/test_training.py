@@ -18,7 +18,9 @@ import yaml
 from examples import ASSETS, ROOT, STORIES
 
 from repo_jax.cli import main
+from repo_jax.config import load_recipe
 from repo_jax.run_folder import read_metrics
+from repo_jax.training import prepare
 
 STEPS, SAVE = 12, 5
 
@@ -198,6 +200,16 @@ def test_a_folder_holds_one_run(recipe, unbroken, capsys):
     )
 
 
+def test_a_run_without_checkpoints_holds_no_folder(recipe, tmp_path):
+    # What the answer to running out of memory advises must be possible in the same folder.
+    first, second = (
+        load_recipe(recipe, {"run.output_dir": str(tmp_path), "optim.optim": o}) for o in ("adamw", "lion")
+    )
+    prepare(first)
+    prepare(second)
+    assert yaml.safe_load((tmp_path / "identity.yaml").read_text())["recipe"]["optim"]["optim"] == "lion"
+
+
 def test_checkpoints_of_another_program_are_not_gone_on_from(recipe, tmp_path, capsys):
     (tmp_path / "run" / "checkpoint-500").mkdir(parents=True)
     assert "holds files that are not from a run of repo-jax; name a new output_dir" in refused(
@@ -288,6 +300,20 @@ def test_a_run_with_adapters_goes_on_bit_for_bit(recipe, adapted, tmp_path):
     assert "checkpoint-2: 2 of 4 updates are left" in output
     for name in ("hf/model.safetensors", "adapter/adapter_model.safetensors"):
         assert (run / name).read_bytes() == (adapted[0] / name).read_bytes()
+
+
+def test_adapters_stay_over_the_weights_they_were_trained_over(recipe, adapted, tmp_path, capsys):
+    model = shutil.copytree(STORIES, tmp_path / "model")
+    weights = load(model)
+    weights["model.norm.weight"] = weights["model.norm.weight"] * np.float32(1.01)
+    safetensors.numpy.save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    run = shutil.copytree(adapted[0], tmp_path / "run")
+    (run / "recipe.yaml").write_text((run / "recipe.yaml").read_text().replace(str(STORIES), str(model)))
+    error = refused(capsys, "export", "--checkpoint", run / "checkpoint-4", "--output", tmp_path / "out")
+    assert f"the weights of '{model}' are not those that" in error and not (tmp_path / "out").exists()
+    assert (
+        main(["export", "--adapter", "--checkpoint", str(run / "checkpoint-4"), "--output", str(tmp_path / "out")]) == 0
+    )
 
 
 def test_an_adapter_folder_is_a_model_to_evaluate(recipe, adapted, capsys):

@@ -213,8 +213,6 @@ class PeftAdapter:
     def __init__(self, folder: str | pathlib.Path):
         self.folder = pathlib.Path(folder)
         self.config = _read_config(self.folder / CONFIG)
-        self.base: str = self.config["base_model_name_or_path"]
-        self.revision: str | None = self.config.get("revision")
         if not (self.folder / WEIGHTS).is_file():
             pickled = (self.folder / "adapter_model.bin").is_file()
             raise FileNotFoundError(

@@ -24,7 +24,7 @@ EXPONENTS = {
     "bfloat16": np.uint16(0x7F80),
 }  # their bits
 CHUNK = 2**20  # numbers looked at together
-SAMPLES, SAMPLE_BYTES = 64, 4096  # of each file, for its fingerprint
+SAMPLES, SAMPLE_BYTES = 64, 2**20  # of each file, for its fingerprint: small files are read whole
 HEADER_LIMIT = 100_000_000  # bytes; safetensors itself reads no longer one
 
 

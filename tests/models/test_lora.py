@@ -384,7 +384,6 @@ def test_the_folder_says_what_peft_and_people_need_to_know(tmp_path):
     # The three adapters of qkv_proj are one of three times the rank, with the scale that each has.
     assert (config.rank_pattern, config.alpha_pattern) == ({"qkv_proj": 3 * R}, {"qkv_proj": 3 * ALPHA})
     assert (config.base_model_name_or_path, config.revision) == ("ORG/NAME", "v1")
-    assert (lora.PeftAdapter(tmp_path).base, lora.PeftAdapter(tmp_path).revision) == ("ORG/NAME", "v1")
 
 
 def test_adapters_on_a_mesh_are_written_as_they_are_on_one_device(tmp_path):
