@@ -26,7 +26,9 @@ def evaluated(shape=SHAPE, mesh=None, loss="repo"):
 def test_metrics_do_not_depend_on_batches_rows_or_mesh(monkeypatch, group):
     plain = evaluated()
     monkeypatch.setattr(evaluation, "GROUP", group)
-    for other in (evaluated(), evaluated(RowShape(8, 100, 100), make_mesh(2, 4, 1))):
+    # The last has more shards than key/value heads.
+    meshes = (make_mesh(2, 4, 1), make_mesh(1, 2, 4))
+    for other in (evaluated(), *(evaluated(RowShape(8, 100, 100), mesh) for mesh in meshes)):
         np.testing.assert_allclose(other.margins_B, plain.margins_B, rtol=1e-4, atol=1e-5)
         assert other.metrics == {
             name: pytest.approx(value, rel=1e-4, abs=1e-5) for name, value in plain.metrics.items()
