@@ -70,7 +70,12 @@ def torch_greedy(model, prompts):
     return out.sequences[:, T:].numpy(), (top_MB2[..., 0] - top_MB2[..., 1]).T
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+QUICK = ("llama", "gemma3", "phi3-window", "olmo2")  # the others take their turn with the slow tests
+
+
+@pytest.mark.parametrize(
+    "family", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
 def test_greedy_tokens_are_those_of_transformers(family):
     pytest.importorskip("torch", reason="the oracle is transformers' own generate, which needs torch")
     from checkpoints import folder_of, random_ids, torch_model
@@ -121,7 +126,9 @@ def test_a_sampled_row_is_the_same_alone_in_other_batches_and_in_other_order():
     assert generate([4, 1]) == [together[4], together[1]]
 
 
-@pytest.mark.parametrize("axes", [(1, 4, 2), (2, 2, 2), (1, 2, 4)])
+@pytest.mark.parametrize(
+    "axes", [(2, 2, 2), *(pytest.param(a, marks=pytest.mark.slow) for a in [(1, 4, 2), (1, 2, 4)])]
+)
 def test_a_sampled_row_is_the_same_on_every_mesh(axes):
     everyone = [*range(len(PROMPTS))]  # fewer than a multiple of the devices
     assert tiny(make_mesh(*axes))(everyone) == tiny()(everyone)

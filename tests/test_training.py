@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -47,6 +48,9 @@ def recipe(tmp_path_factory):
 def command(recipe, output, *flags):
     """A run as a user starts it: a process of its own, on one device."""
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    # Programs are compiled once for all runs.
+    environment |= {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
     arguments = [sys.executable, "-m", "repo_jax", "train", str(recipe), "--output_dir", str(output), *flags]
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 

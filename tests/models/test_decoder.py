@@ -150,6 +150,7 @@ def test_next_token_logits_are_capped_and_leave_out_the_rows_that_pad_the_vocabu
 
 # XLA hands reductions over thousands of rows to other kernels than those over few, and these have been wrong before
 # (jax-ml/jax#39103: jaxlib 0.10.2, CPU).
+@pytest.mark.slow
 def test_the_gradient_of_many_tokens_is_the_sum_over_their_rows():
     params, rng = random_params(MIXED), np.random.default_rng(0)
     tokens_RT, cotangent_RTD = rng.integers(MIXED.V, size=(17, 256)), rng.normal(size=(17, 256, MIXED.D))
