@@ -36,9 +36,9 @@ def claim(setup: Setup) -> None:
     identity = {
         "recipe": _fixed(recipe),
         "data": {"train": setup.train.key, "held_out": setup.held_out and setup.held_out.key},
+        # A checkpoint of adapters holds them alone: what they lie over must stay what it was.
+        "base": {"weights": fingerprint(setup.pretrained.files.weights)},
     }
-    if recipe.model.use_peft:  # a checkpoint holds adapters alone: what they lie over must stay what it was
-        identity["base"] = {"weights": fingerprint(setup.pretrained.files.weights)}
     claimed = folder / "identity.yaml"
     if claimed.exists() and holds_checkpoints(folder):  # before the first there is nothing to lose
         changes = _differences(yaml.safe_load(claimed.read_text(encoding="utf-8")), identity)
@@ -60,9 +60,16 @@ def claim(setup: Setup) -> None:
 def _fixed(recipe: Recipe) -> dict:
     tree = yaml.safe_load(dump_recipe(recipe))
     return {
-        section: {name: value for name, value in fields.items() if name not in FREE.get(section, ())}
+        section: {name: _moved(value) for name, value in fields.items() if name not in FREE.get(section, ())}
         for section, fields in tree.items()
     }
+
+
+def _moved(value):
+    """A file or folder by its last name, so that a run goes on where everything was moved; what they hold is compared itself."""
+    if isinstance(value, dict):
+        return {_moved(name): one for name, one in value.items()}
+    return os.path.basename(value) if isinstance(value, str) and os.path.isabs(value) else value
 
 
 def _differences(before: dict, now: dict, path: str = "") -> list[str]:

@@ -18,6 +18,7 @@ import safetensors.numpy
 import yaml
 from examples import ASSETS, ROOT, STORIES
 
+from repo_jax import cli
 from repo_jax.cli import main
 from repo_jax.config import load_recipe
 from repo_jax.run_folder import read_metrics
@@ -202,6 +203,20 @@ def test_a_folder_holds_one_run(recipe, unbroken, capsys):
         f"output_dir='{unbroken[0]}' holds another run (optim.learning_rate 0.001 there, 0.002 here); name a new output_dir"
         in error
     )
+
+
+def test_a_run_goes_on_where_everything_was_moved_but_not_over_another_model(recipe, adapted, tmp_path, capsys):
+    data = pathlib.Path(yaml.safe_load(recipe.read_text())["data"]["dataset_name"])
+    shutil.copytree(data, tmp_path / data.name)
+    model = shutil.copytree(STORIES, tmp_path / STORIES.name)
+    run = shutil.copytree(adapted[0], tmp_path / "run")
+    given = ["--output_dir", run, "--model_name_or_path", model, "--dataset_name", tmp_path / data.name, *LORA]
+    moved = load_recipe(recipe, cli.parse(["train", str(recipe), *map(str, given)])[2])
+    prepare(moved)
+    weights = load(model)
+    weights["model.norm.weight"] = weights["model.norm.weight"] * np.float32(1.01)
+    safetensors.numpy.save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    assert "holds another run (base.weights '" in refused(capsys, "train", recipe, *given)
 
 
 def test_a_run_without_checkpoints_holds_no_folder(recipe, tmp_path):
