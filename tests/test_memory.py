@@ -155,7 +155,6 @@ def test_the_share_of_a_gpu_that_jax_leaves_alone_is_named_first(monkeypatch, na
         ({"data__rows_per_device": 1}, "rows_per_device"),
         ({"model__remat": "full"}, "remat"),
         ({"optim__moment_dtype": "bfloat16"}, "moment_dtype"),
-        ({"optim__optim": "lion"}, "moment_dtype"),
         ({"model__param_dtype": "bfloat16"}, "param_dtype"),
     ],
     ids=str,
@@ -227,3 +226,9 @@ def test_work_that_runs_out_of_memory_ends_with_the_explanation(real_error):
         explained(one_device(), FULL, lambda: what_helps(recipe(), one_device(), FULL)),
     ):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+
+def test_lions_only_moment_can_be_halved_too():
+    lines = what_helps(recipe(optim__optim="lion"), mesh_of(), FULL)
+    half = FULL["moments"] // 2 / GIB
+    assert f"moment_dtype: bfloat16, with adam_beta2: 0.99 (saves {half:.2f} GiB)" in lines

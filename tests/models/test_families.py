@@ -226,7 +226,11 @@ def expected_reach(cfg: DecoderConfig, segments, prompts, positions) -> np.ndarr
     return reach
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# The others take their turn with the slow tests.
+QUICK = ("llama", "qwen2-window", "gemma3", "olmo2")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES])
 def test_a_token_depends_on_what_its_layers_see_never_on_what_follows_a_rival_or_a_neighbour(name):
     right, params = imported(name)
     # Windows of 3 do not reach everything within the layers that there are.

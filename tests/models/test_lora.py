@@ -312,7 +312,10 @@ def test_an_adapter_that_peft_made_has_torchs_log_probs_here(name, tmp_path):
     assert np.abs(theirs - checkpoints().torch_logps(name, ids)).max() > 0.1
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n in ("mistral", "qwen3", "gemma", "gemma3"))) for n in FAMILIES],
+)
 def test_merged_weights_of_every_family_equal_pefts_in_both_directions(name, tmp_path):
     cfg, params = imported(checkpoints().folder_of(name))
     adapters = random_adapters(cfg)
