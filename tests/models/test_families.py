@@ -227,7 +227,7 @@ def expected_reach(cfg: DecoderConfig, segments, prompts, positions) -> np.ndarr
 
 
 # The others take their turn with the slow tests.
-QUICK = ("llama", "qwen2-window", "gemma3", "olmo2")
+QUICK = ("llama", "qwen2-window", "gemma3-untied", "olmo2")
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES])
