@@ -1,11 +1,13 @@
 """metrics.jsonl and what people see while a run goes on."""
 
+import functools
 import json
 import math
 import pathlib
 import sys
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,8 @@ from repo_jax.config import DataSection
 from repo_jax.data.batches import steps_per_epoch
 from repo_jax.data.schema import PairTokens
 from repo_jax.evaluation import Evaluation
+from repo_jax.flops import flops_of, lengths_of
+from repo_jax.hardware import chip_of, peak_memory
 from repo_jax.models.decoder import param_shapes
 from repo_jax.optimizer import learning_rate
 from repo_jax.preparation import Setup
@@ -28,16 +32,59 @@ TOKEN_OPTIONS = (
 )
 
 
+class Compiled(NamedTuple):
+    """Programs that XLA has compiled or read from its cache, and how long that took."""
+
+    programs: int
+    seconds: float
+
+    def since(self, earlier: "Compiled") -> "Compiled":
+        return Compiled(self.programs - earlier.programs, self.seconds - earlier.seconds)
+
+    def __str__(self):
+        return f"{self.programs} programs in {self.seconds:.1f} s"
+
+
+@functools.cache
+def _durations() -> list[float]:
+    """Seconds that each program took, of those this process compiles from the first call on."""
+    durations = []
+
+    def listen(event: str, seconds: float, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            durations.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return durations
+
+
+def compiled() -> Compiled:
+    """What this process has compiled since this was first called; two of them tell what came between."""
+    durations = _durations()
+    return Compiled(len(durations), sum(durations))
+
+
 class Log:
     """metrics.jsonl, one JSON object per line and each step once, and the progress that people see.
 
     Stays one update behind, so that the device is never waited for while it has nothing else to do.
+
+    Rates are those of the updates since the last line: of wall time, checkpoints in it, without evaluations and without what XLA
+    took to compile. mfu is the share of the chips' published peak that useful operations (flops.py) make up: all pairs scored,
+    those pushed back whose gradient is not 0, without padding and without anything computed twice.
     """
 
-    SHOWN = ("loss", "rewards/accuracies", "active_fraction", "pairs_per_second")
+    SHOWN = ("loss", "rewards/accuracies", "active_fraction", "pairs_per_second", "mfu")
+    FIRST = 2  # updates in which programs are compiled as a matter of course
 
-    def __init__(self, setup: Setup, path: pathlib.Path, start: int):
-        self._every, self._total = setup.recipe.run.logging_steps, setup.total_steps
+    def __init__(self, setup: Setup, path: pathlib.Path, start: int, *, began: Compiled | None = None):
+        """`began` is compiled() from before what is to be counted; None: from now on."""
+        self._every, self._start, self._total = setup.recipe.run.logging_steps, start, setup.total_steps
+        model, self._cfg = setup.recipe.model, setup.cfg
+        self._trained = "adapters" if model.use_peft else "all"
+        self._chips, self._devices = setup.mesh.size, setup.mesh.local_devices
+        chip = chip_of(self._devices[0].device_kind)
+        self._peak = chip and chip.peak(model.compute_dtype)
         # All rates now, on the host: a computation here would queue behind the update that runs.
         rates = jax.vmap(learning_rate(setup.recipe.optim, setup.total_steps))(jnp.arange(setup.total_steps))
         self._rates = np.asarray(jax.device_get(rates))
@@ -47,36 +94,44 @@ class Log:
         write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for as long as the run
         self._bar = tqdm(total=self._total, initial=start, desc="training", unit=" updates", disable=None)
-        self._pending = None  # (step, metrics) of an update that may still run
-        self._clock, self._pairs, self._tokens = time.perf_counter(), 0, 0  # since the last line
+        self._pending = None  # (step, metrics, flops) of an update that may still run
+        self._began = compiled() if began is None else began
+        self._before = compiled()  # the update that is started next
+        self._start_line()
 
     def update(self, step: int, metrics: dict, pairs: list[PairTokens]) -> None:
         """Takes the metrics of an update just started; writes those of the one before."""
+        new = compiled().since(self._before)
+        if new.programs and step > self._start + self.FIRST:
+            say(f"update {step} compiled {new}")
         self.flush()
-        self._pending = (step, metrics)
+        self._pending = (step, metrics, flops_of(self._cfg, lengths_of(pairs), trained=self._trained))
         self._pairs += len(pairs)
         self._tokens += sum(pair.slots for pair in pairs)
         self._bar.update()
+        self._before = compiled()
 
     def evaluated(self, evaluate: Callable[[], Evaluation]) -> None:
         """Adds an evaluation to the line of the pending update; its time is not counted as training."""
-        step, metrics = self._pending
+        step, metrics, flops = self._pending
         jax.block_until_ready(metrics)
-        started = time.perf_counter()
+        started, before = time.perf_counter(), compiled()
         metrics |= {f"eval_{name}": value for name, value in evaluate().metrics.items()}
         self._clock += time.perf_counter() - started
-        self._pending = (step, metrics)
+        self._compile_clock += compiled().since(before).seconds
+        self._pending = (step, metrics, flops)
 
     def before_update(self) -> None:
         """On CPU, where running ahead gains nothing, the pending line is written now: its time is then its own."""
         if jax.default_backend() == "cpu":
             self.flush()
+        self._before = compiled()
 
     def flush(self) -> None:
         """Waits for the pending update and writes its line if one is due."""
         if self._pending is None:
             return
-        (step, metrics), self._pending = self._pending, None
+        (step, metrics, flops), self._pending = self._pending, None
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
             # Raised before a checkpoint of it is written and before an older one is removed for that.
@@ -84,6 +139,8 @@ class Log:
                 f"update {step} has loss {metrics['loss']} and gradient norm {metrics['grad_norm']}: training has diverged and "
                 f"stops; start again with a lower learning_rate and a new output_dir"
             )
+        self._updates += 1
+        self._flops += flops.forward + flops.backward * metrics.get("active_fraction", 1.0)
         if step % self._every and step != self._total and "eval_loss" not in metrics:
             return
         line = {
@@ -91,22 +148,42 @@ class Log:
             "epoch": round(step / self._epoch_steps, 4),
             "learning_rate": float(self._rates[step - 1]),
         }
-        line |= metrics
-        now = time.perf_counter()
-        line["pairs_per_second"] = self._pairs / (now - self._clock)
-        line["tokens_per_second"] = self._tokens / (now - self._clock)
-        self._clock, self._pairs, self._tokens = now, 0, 0
+        line |= metrics | self._rates_since_last_line()
+        self._start_line()
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+        shown = [name for name in self.SHOWN if name in line]
         if self._bar.disable:
-            say(f"update {step}/{self._total}  " + "  ".join(f"{name} {line[name]:.4g}" for name in self.SHOWN))
+            say(f"update {step}/{self._total}  " + "  ".join(f"{name} {line[name]:.4g}" for name in shown))
         else:
-            self._bar.set_postfix({name: f"{line[name]:.3g}" for name in self.SHOWN})
+            self._bar.set_postfix({name: f"{line[name]:.3g}" for name in shown})
+
+    def _start_line(self) -> None:
+        self._clock, self._compile_clock = time.perf_counter(), compiled().seconds
+        self._updates, self._pairs, self._tokens, self._flops = 0, 0, 0, 0.0
+
+    def _rates_since_last_line(self) -> dict[str, float]:
+        """How fast it goes, and what it has taken so far."""
+        elapsed, so_far = time.perf_counter() - self._clock, compiled()
+        # What compiles while a device computes would be taken off twice over; then nothing is.
+        seconds = elapsed - (so_far.seconds - self._compile_clock)
+        seconds = seconds if seconds > 0 else elapsed
+        rates = {
+            "step_time": seconds / self._updates,
+            "pairs_per_second": self._pairs / seconds,
+            "tokens_per_second": self._tokens / seconds,
+            "tokens_per_second_per_chip": self._tokens / seconds / self._chips,
+        }
+        if self._peak is not None:
+            rates["mfu"] = self._flops / seconds / (self._chips * self._peak)
+        total = so_far.since(self._began)
+        return rates | peak_memory(self._devices) | {"compilations": total.programs, "compile_seconds": total.seconds}
 
     def close(self) -> None:
         self.flush()
         self._bar.close()
         self._file.close()
+        say(f"compiled {compiled().since(self._began)}")
 
 
 def describe(setup: Setup) -> str:

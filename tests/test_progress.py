@@ -2,27 +2,34 @@ import dataclasses
 import json
 import types
 
+import jax
 import jax.numpy as jnp
 import pytest
-from examples import STORIES
+from examples import STORIES, TINY, one_device, random_pairs
 
-from repo_jax.config import DataSection, OptimSection, RunSection, to_recipe
+from repo_jax import progress
+from repo_jax.config import DataSection, ModelSection, OptimSection, RunSection, to_recipe
 from repo_jax.data.chat import TokenOptions, load_tokenizer
 from repo_jax.data.rows import RowShape
 from repo_jax.data.sources import open_source
 from repo_jax.data.store import open_store
-from repo_jax.progress import Log, describe
+from repo_jax.evaluation import Evaluation
+from repo_jax.flops import useful_flops
+from repo_jax.hardware import Chip
+from repo_jax.progress import Log, compiled, describe
 from repo_jax.run_folder import read_metrics
 
 
-def make_log(path, start=0, *, total=4, every=1):
+def make_log(path, start=0, *, total=4, every=1, **model):
     optim = OptimSection(train_batch_size=2, learning_rate=0.5, lr_scheduler_type="linear", warmup_ratio=0)
-    recipe = types.SimpleNamespace(optim=optim, run=RunSection(logging_steps=every))
-    return Log(types.SimpleNamespace(recipe=recipe, total_steps=total, train=range(4)), path, start)
+    model = ModelSection(model_name_or_path="some/model", **{"compute_dtype": "float32"} | model)
+    recipe = types.SimpleNamespace(model=model, optim=optim, run=RunSection(logging_steps=every))
+    setup = {"recipe": recipe, "cfg": TINY, "mesh": one_device(), "total_steps": total, "train": range(4)}
+    return Log(types.SimpleNamespace(**setup), path, start)
 
 
-def metrics(loss, grad_norm=1.0):
-    values = {"loss": loss, "grad_norm": grad_norm, "rewards/accuracies": 0.5, "active_fraction": 1.0}
+def metrics(loss, grad_norm=1.0, active=1.0):
+    values = {"loss": loss, "grad_norm": grad_norm, "rewards/accuracies": 0.5, "active_fraction": active}
     return {name: jnp.float32(value) for name, value in values.items()}
 
 
@@ -52,6 +59,101 @@ def test_a_run_that_has_diverged_stops_before_it_saves(tmp_path, bad):
     with pytest.raises(FloatingPointError, match=r"update 1 has loss .* lower learning_rate"):
         log.flush()
     assert read_metrics(tmp_path / "m") == []
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that goes on when told, and compile times that are said rather than taken."""
+    time = types.SimpleNamespace(now=100.0, durations=[])
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: time.now)
+    monkeypatch.setattr(progress, "_durations", lambda: time.durations)
+    return time
+
+
+def compile_(clock, seconds):
+    clock.now += seconds
+    clock.durations.append(seconds)
+
+
+def test_a_line_says_how_fast_its_updates_were_compilation_apart(tmp_path, clock):
+    log, pairs = make_log(tmp_path / "m", every=2), random_pairs(3, V=TINY.V)
+    for step in range(1, 5):
+        log.before_update()
+        if step == 1:
+            compile_(clock, 7.0)
+        clock.now += 2.0 if step < 3 else 0.5
+        log.update(step, metrics(1.0), pairs)
+    log.close()
+    slots = sum(pair.slots for pair in pairs)
+    first, second = read_metrics(tmp_path / "m")
+    for line, seconds in ((first, 2.0), (second, 0.5)):
+        assert line["step_time"] == seconds
+        assert line["pairs_per_second"] == 3 / seconds
+        assert line["tokens_per_second"] == line["tokens_per_second_per_chip"] == slots / seconds
+        assert (line["compilations"], line["compile_seconds"]) == (1, 7.0)
+        assert line["peak_process_memory_gib"] > 0 and "mfu" not in line  # of a CPU no peak is published
+
+
+def test_an_evaluation_and_what_it_compiles_are_no_part_of_a_step(tmp_path, clock):
+    log = make_log(tmp_path / "m")
+
+    def evaluate():
+        compile_(clock, 3.0)
+        clock.now += 4.0
+        return Evaluation({"loss": 0.5}, None)
+
+    log.before_update()
+    clock.now += 1.5
+    log.update(1, metrics(1.0), random_pairs(2, V=TINY.V))
+    log.evaluated(evaluate)
+    log.close()
+    [line] = read_metrics(tmp_path / "m")
+    assert (line["step_time"], line["eval_loss"], line["compilations"]) == (1.5, 0.5, 1)
+
+
+@pytest.mark.parametrize("active", [1.0, 0.25])
+def test_utilisation_is_that_of_operations_whose_result_is_used(tmp_path, clock, monkeypatch, active):
+    chip = Chip("made up", 4e9, 1e9, 1.0, 1.0)
+    monkeypatch.setattr(progress, "chip_of", lambda kind: chip)
+    pairs = random_pairs(4, V=TINY.V)
+    log = make_log(tmp_path / "m", every=2, compute_dtype="bfloat16")
+    for step in (1, 2):
+        clock.now += 0.125
+        log.update(step, metrics(1.0, active=active), pairs)
+    log.close()
+    forward = useful_flops(TINY, pairs) / 3
+    [line] = read_metrics(tmp_path / "m")
+    assert line["mfu"] == pytest.approx(forward * (1 + 2 * active) / 0.125 / 4e9)
+
+
+def test_there_is_no_utilisation_where_no_peak_is_published(tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "chip_of", lambda kind: Chip("made up", 4e9, None, 1.0, 1.0))
+    log = make_log(tmp_path / "m")
+    log.update(1, metrics(1.0), [])
+    log.close()
+    assert "mfu" not in read_metrics(tmp_path / "m")[0]
+
+
+def test_programs_are_counted_as_they_are_compiled():
+    before = compiled()
+    jax.jit(lambda x: x * 3 + 1)(jnp.zeros(3)).block_until_ready()
+    once = compiled().since(before)
+    assert once.programs >= 1 and 0 < once.seconds < 60
+    assert compiled().since(before) == once  # nothing else compiles them meanwhile
+
+
+def test_what_compiles_late_is_said_and_what_compiles_outside_updates_is_not(tmp_path, clock, capsys):
+    log = make_log(tmp_path / "m", start=10, total=15)
+    for step in range(11, 15):
+        log.before_update()
+        if step in (11, 12, 14):
+            compile_(clock, 0.5)
+        log.update(step, metrics(1.0), [])
+        if step == 13:
+            compile_(clock, 0.25)  # a checkpoint's
+    log.close()
+    said = [line for line in capsys.readouterr().out.splitlines() if "compiled" in line]
+    assert said == ["update 14 compiled 1 programs in 0.5 s", "compiled 4 programs in 1.8 s"]
 
 
 def test_there_are_no_lines_before_there_is_a_file(tmp_path):

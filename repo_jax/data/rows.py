@@ -1,15 +1,28 @@
 """Pairs packed into rows: a pair stays in one row, its prompt is stored once.
 
-Axis letters: R rows, T token slots in a row, S scored tokens in a row, B pairs; 2 is (chosen, rejected).
+Axis letters: R rows, T token slots in a row, S scored tokens in a row, Y entries of a view, B pairs; 2 is (chosen, rejected).
+
+A kernel that knows only causal masks and segment ids sees a row as two views: the prompts with the chosen answers, and the prompts with
+the rejected ones. What stands in a view has the segment of its prompt (`prompts_RT`), which makes causal attention the rule of visibility.
 """
 
 import math
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from repo_jax.data.schema import PairTokens
+
+SPARE = 1.15  # room for scored tokens and for views beyond their share of a full row, so that slots decide how pairs are packed
+SHAPES = 5  # of a run at most; each that is used is compiled
+GAIN = 0.02  # the share of the slots that one more shape must save
+NEAR = 0.01  # row shapes whose cost differs by less count as equal
+ATTENTION = (
+    32_768  # the row length at which attention takes as long as the rest of a decoder of some billion parameters
+)
+PARTS = (1.0, 0.5, 0.25)  # of an update's pairs: second passes have only some answers left
 
 
 class RowBatch(NamedTuple):
@@ -24,72 +37,180 @@ class RowBatch(NamedTuple):
     answers_RS: np.ndarray  # 2 * pair + side, side 0 chosen, 1 rejected; 2 * B where unused
     filled_B: np.ndarray  # True for the pairs that are in these rows
     weights_RS: np.ndarray | None = None  # what each scored token counts for in its answer's sum; None: 1
+    views_R2Y: np.ndarray | None = None  # the slots of one side's answers and their prompts, in order; T where unused
+    places_RT: np.ndarray | None = None  # where a slot stands in the two views laid end to end; 0 for padding
 
 
 class RowShape(NamedTuple):
-    """The one shape of a run's row batches."""
+    """A shape of row batches; a run has few."""
 
-    R: int
+    R: int  # over all devices
     T: int
     S: int
+    Y: int = 0  # 0: there are no views
+
+
+class Sizes(NamedTuple):
+    """What pairs take of a row; also the length table of a data set."""
+
+    slots_B: np.ndarray
+    scored_B: np.ndarray
+    views_B2: np.ndarray  # prompt and answer; 0 for an answer that is not there
+
+    def of(self, chosen) -> "Sizes":
+        return Sizes(*(sizes[chosen] for sizes in self))
+
+    def fit(self, shape: RowShape) -> bool:
+        slots, scored, view = (sizes.max(initial=0) for sizes in self)
+        return slots <= shape.T and scored <= shape.S and (not shape.Y or view <= shape.Y)
 
 
 def round_up(n: float, multiple: int) -> int:
     return math.ceil(n / multiple) * multiple
 
 
-def suggest_row_length(slots: np.ndarray) -> int:
-    """Holds the longest pair, in a multiple of 128 slots (the width of a TPU register)."""
-    return round_up(slots.max(), 128)
+# How pairs share rows
 
 
-def suggest_scored_length(slots: np.ndarray, scored: np.ndarray, row_length: int) -> int:
-    """Room for the scored share of a full row, with 15 % to spare so that S seldom decides how pairs are packed."""
-    share = scored.sum() / slots.sum()
-    return min(row_length, round_up(max(scored.max(), 1.15 * share * row_length), 64))
-
-
-def pack(slots: Sequence[int], scored: Sequence[int], T: int, S: int) -> list[list[int]]:
+def pack(
+    slots: Sequence[int],
+    scored: Sequence[int],
+    T: int,
+    S: int,
+    *,
+    views: Sequence[Sequence[int]] | None = None,
+    Y: int = 0,
+) -> list[list[int]]:
     """Which items share a row: best fit, longest first. Every item lands whole in exactly one row."""
-    rows, free = [], []  # free: (slots, scored tokens) still open in each row
+    items, room = _capacities(slots, scored, S, views, Y)
+    rows, left = [], []  # left: scored tokens and entries of the views still open in each row
+    free = []  # (slots still open, row), least first
     for i in sorted(range(len(slots)), key=lambda i: -slots[i]):
-        fits = [row for row, (t, s) in enumerate(free) if slots[i] <= t and scored[i] <= s]
-        if fits:
-            row = min(fits, key=lambda row: free[row][0])
-        else:
-            row = len(rows)
+        at = bisect_left(free, (slots[i],))
+        while at < len(free) and not _fits(items[i], left[free[at][1]]):
+            at += 1
+        if at == len(free):
+            free.append((T, len(rows)))
             rows.append([])
-            free.append((T, S))
-        rows[row].append(i)
-        free[row] = (free[row][0] - slots[i], free[row][1] - scored[i])
+            left.append(room)
+        _put(i, slots, items, rows, left, free, at)
     return rows
 
 
+def spread(
+    slots: Sequence[int],
+    scored: Sequence[int],
+    T: int,
+    S: int,
+    *,
+    rows: int,
+    views: Sequence[Sequence[int]] | None = None,
+    Y: int = 0,
+) -> list[list[int]] | None:
+    """The items over this many rows with the work about even: longest first, to the emptiest row. None where one finds no room."""
+    items, room = _capacities(slots, scored, S, views, Y)
+    rows, left, free = [[] for _ in range(rows)], [room] * rows, [(T, row) for row in range(rows)]
+    for i in sorted(range(len(slots)), key=lambda i: -slots[i]):
+        at = len(free) - 1
+        while at >= 0 and free[at][0] >= slots[i] and not _fits(items[i], left[free[at][1]]):
+            at -= 1
+        if at < 0 or free[at][0] < slots[i]:
+            return None
+        _put(i, slots, items, rows, left, free, at)
+    return rows
+
+
+def _capacities(slots, scored, S, views, Y) -> tuple[list[tuple], tuple]:
+    """What each item takes besides slots, and how much of that a row has."""
+    if not Y:
+        return [(n, 0, 0) for n in scored], (S, 0, 0)
+    return [(n, *view) for n, view in zip(scored, views, strict=True)], (S, Y, Y)
+
+
+def _fits(item: tuple, left: tuple) -> bool:
+    return item[0] <= left[0] and item[1] <= left[1] and item[2] <= left[2]
+
+
+def _put(i: int, slots, items, rows, left, free, at: int) -> None:
+    open_slots, row = free.pop(at)
+    rows[row].append(i)
+    left[row] = tuple(have - takes for have, takes in zip(left[row], items[i], strict=True))
+    insort(free, (open_slots - slots[i], row))
+
+
+def packed(sizes: Sizes, shapes: Sequence[RowShape]) -> tuple[RowShape, list[list[int]]]:
+    """The shape in which the pairs take the fewest slots, and which of them share a row: as many rows as whole row batches have.
+
+    The first of equals is taken; shapes that do not hold every pair are not.
+    """
+    slots, scored, views = (part.tolist() for part in sizes)
+    found = None
+    for shape in shapes:
+        if sizes.fit(shape):
+            _, T, S, Y = shape
+            rows = pack(slots, scored, T, S, views=views, Y=Y)
+            n = math.ceil(len(rows) / shape.R)
+            if found is None or n * shape.R * T < found[0]:
+                found = n * shape.R * T, n, shape, rows
+    _, n, shape, rows = found
+    R, T, S, Y = shape
+    if R > 1:
+        # Every row of a row batch is computed whole, so that even work costs nothing and spares the devices waiting.
+        rows = spread(slots, scored, T, S, rows=n * R, views=views, Y=Y) or rows + [[]] * (n * R - len(rows))
+        rows = _laid_out(rows, [sum(slots[i] for i in row) for row in rows], R)
+    return shape, rows
+
+
+def _laid_out(rows: list[list[int]], work: list[int], R: int) -> list[list[int]]:
+    """The rows in row batches of about even rows, heavy beside light: each device has a few consecutive ones."""
+    order = sorted(range(len(rows)), key=lambda row: -work[row])
+    zigzag = [row // 2 if row % 2 == 0 else R - 1 - row // 2 for row in range(R)]
+    return [rows[order[start + row]] for start in range(0, len(rows), R) for row in zigzag]
+
+
 def row_batches(
-    pairs: Sequence[PairTokens], shape: RowShape, *, B: int | None = None, wanted_B2: np.ndarray | None = None
+    pairs: Sequence[PairTokens],
+    shapes: RowShape | Sequence[RowShape],
+    *,
+    B: int | None = None,
+    wanted_B2: np.ndarray | None = None,
 ) -> list[RowBatch]:
-    """The pairs of one global batch as row batches of one shape; pair i keeps its number i in all of them.
+    """The pairs of one global batch as row batches of the one shape in which they take the fewest slots; pair i keeps its number i in all
+    of them.
 
     wanted_B2 leaves out answers (and, where both are left out, pairs), as an unpaired row leaves out the answer it has not; B
     makes room for more pairs than there are, so that a short batch keeps its shapes. Raises ValueError for a pair that no row
     can hold.
     """
+    shapes = [shapes] if isinstance(shapes, RowShape) else shapes
     B = len(pairs) if B is None else B
     present_B2 = np.array([[len(ids) > 0 for ids in pair.branches] for pair in pairs], bool).reshape(-1, 2)
     wanted_B2 = present_B2 if wanted_B2 is None else wanted_B2[: len(pairs)] & present_B2
-    chosen = [i for i in range(len(pairs)) if wanted_B2[i].any()]
-    slots, scored = [], []
-    for i in chosen:
-        sides = np.flatnonzero(wanted_B2[i])
-        slots.append(len(pairs[i].prompt) + sum(len(pairs[i].branches[side]) for side in sides))
-        scored.append(sum(int(pairs[i].masks[side].sum()) for side in sides))
-        if slots[-1] > shape.T or scored[-1] > shape.S:
-            raise too_long(pairs[i], shape.T, shape.S)
-    rows = [[chosen[k] for k in row] for row in pack(slots, scored, shape.T, shape.S)]
+    chosen = np.flatnonzero(wanted_B2.any(axis=1))
+    if not len(chosen):
+        return []
+    sizes = _sizes([pairs[i] for i in chosen], wanted_B2[chosen])
+    if not any(sizes.fit(shape) for shape in shapes):
+        largest = max(shapes, key=lambda shape: shape.T)
+        refused = next(i for k, i in enumerate(chosen) if not sizes.of([k]).fit(largest))
+        raise too_long(pairs[refused], largest.T, largest.S, largest.Y)
+    shape, rows = packed(sizes, shapes)
+    rows = [[int(chosen[k]) for k in row] for row in rows]
     return [_fill(pairs, rows[start : start + shape.R], shape, B, wanted_B2) for start in range(0, len(rows), shape.R)]
 
 
-def too_long(pair: PairTokens, T: int, S: int) -> ValueError:
+def _sizes(pairs: Sequence[PairTokens], wanted_B2: np.ndarray) -> Sizes:
+    """Of the wanted answers and their prompts."""
+    lengths_B3 = np.array([pair.lengths for pair in pairs])
+    scored_B2 = np.array([[np.count_nonzero(mask) for mask in pair.masks] for pair in pairs])
+    return Sizes(
+        lengths_B3[:, 0] + (lengths_B3[:, 1:] * wanted_B2).sum(axis=1),
+        (scored_B2 * wanted_B2).sum(axis=1),
+        (lengths_B3[:, :1] + lengths_B3[:, 1:]) * wanted_B2,
+    )
+
+
+def too_long(pair: PairTokens, T: int, S: int, Y: int = 0) -> ValueError:
     """What to say of a pair that fits no row."""
     p, c, r = pair.lengths
     if pair.slots > T:
@@ -97,26 +218,34 @@ def too_long(pair: PairTokens, T: int, S: int) -> ValueError:
             f"pair '{pair.id}' ({pair.where}) takes {pair.slots} slots (prompt {p} + chosen {c} + rejected {r}) but row_length is {T}; "
             f"raise row_length to {round_up(pair.slots, 128)}, or lower max_length below {p + max(c, r)} to drop or cut such pairs"
         )
+    if pair.scored > S:
+        return ValueError(
+            f"pair '{pair.id}' ({pair.where}) has {pair.scored} scored tokens but scored_length is {S}; raise scored_length to {round_up(pair.scored, 64)}"
+        )
+    answer, length = ("chosen", c) if c >= r else ("rejected", r)
     return ValueError(
-        f"pair '{pair.id}' ({pair.where}) has {pair.scored} scored tokens but scored_length is {S}; raise scored_length to {round_up(pair.scored, 64)}"
+        f"pair '{pair.id}' ({pair.where}) takes {p + length} entries of a view (prompt {p} + {answer} {length}) but view_length is {Y}; "
+        f"raise view_length to {round_up(p + length, 128)}, or lower max_length below {p + length} to drop or cut such pairs"
     )
 
 
 def _fill(pairs, rows: list[list[int]], shape: RowShape, B: int, wanted_B2: np.ndarray) -> RowBatch:
-    R, T, S = shape
+    R, T, S, Y = shape
     batch = RowBatch(
         *(np.zeros((R, T), np.int32) for _ in range(4)),
         *(np.zeros((R, S), np.int32) for _ in range(2)),
         answers_RS=np.full((R, S), 2 * B, np.int32),
         filled_B=np.zeros(B, bool),
         weights_RS=np.zeros((R, S), np.float32) if any(pair.weights is not None for pair in pairs) else None,
+        views_R2Y=np.full((R, 2, Y), T, np.int32) if Y else None,
+        places_RT=np.zeros((R, T), np.int32) if Y else None,
     )
     for row, numbers in enumerate(rows):
-        slot, scored, segment = 0, 0, 0
+        slot, scored, segment, seen = 0, 0, 0, [0, 0]
         for number in numbers:
             pair = pairs[number]
             batch.filled_B[number] = True
-            prompt_segment, prompt_end = segment + 1, slot + len(pair.prompt)
+            prompt_segment, prompt = segment + 1, np.arange(slot, slot + len(pair.prompt))
 
             def put(ids, first_position, segment, prompt_segment=prompt_segment, row=row):
                 nonlocal slot
@@ -128,12 +257,13 @@ def _fill(pairs, rows: list[list[int]], shape: RowShape, B: int, wanted_B2: np.n
                 slot += len(ids)
 
             put(pair.prompt, 0, prompt_segment)
-            segment = prompt_segment
-            for side in np.flatnonzero(wanted_B2[number]):
+            segment, sides = prompt_segment, np.flatnonzero(wanted_B2[number])
+            for side in sides:
                 ids, mask = pair.branches[side], pair.masks[side]
                 segment += 1
+                answer = np.arange(slot, slot + len(ids))
                 # Each token is predicted by the one before it; a branch's first token by the prompt's last.
-                sources = np.concatenate([[prompt_end - 1], slot + np.arange(len(ids) - 1)])
+                sources = np.concatenate([prompt[-1:], answer[:-1]])
                 put(ids, len(pair.prompt), segment)
                 targets = ids[mask]
                 here = slice(scored, scored + len(targets))
@@ -143,4 +273,136 @@ def _fill(pairs, rows: list[list[int]], shape: RowShape, B: int, wanted_B2: np.n
                 if batch.weights_RS is not None:
                     batch.weights_RS[row, here] = 1 if pair.weights is None else pair.weights[side]
                 scored += len(targets)
+                if Y:
+                    entries = np.concatenate([prompt, answer])
+                    places = np.arange(seen[side], seen[side] + len(entries))
+                    batch.views_R2Y[row, side, places] = entries
+                    # A prompt is the same in both views; its first one answers for it.
+                    own = slice(None) if side == sides[0] else slice(len(prompt), None)
+                    batch.places_RT[row, entries[own]] = side * Y + places[own]
+                    seen[side] += len(entries)
     return batch
+
+
+# How long rows should be
+
+
+def suggest_row_length(slots: np.ndarray) -> int:
+    """Holds the longest pair, in a multiple of 128 slots (the width of a TPU register)."""
+    return round_up(slots.max(), 128)
+
+
+def suggest_scored_length(slots: np.ndarray, scored: np.ndarray, row_length: int) -> int:
+    """Room for the scored share of a full row, with 15 % to spare so that S seldom decides how pairs are packed."""
+    return _share(slots, scored, row_length, 64)
+
+
+def suggest_shapes(
+    slots: np.ndarray,
+    scored: np.ndarray,
+    views: np.ndarray,
+    *,
+    B: int,
+    ways: int,
+    row_length: int | None = None,
+    scored_length: int | None = None,
+    rows_per_device: int | None = None,
+    view_length: bool = False,
+    budget: int = 8192,
+) -> tuple[RowShape, ...]:
+    """The few shapes in which updates of B pairs, and parts of them, take the fewest slots; the first is the largest and holds every pair.
+
+    slots, scored and views (prompt and answer together, chosen and rejected) are the lengths of all pairs, `ways` is how many devices rows
+    are spread over, `budget` how many slots a device should work on at a time. What is given is obeyed: a row_length or scored_length
+    that is too small for a pair is the caller's to refuse.
+    """
+    table = Sizes(slots, scored, views)
+    longest = row_length or suggest_row_length(slots)
+    shortest = suggest_row_length(np.median(slots))
+
+    def shape(R: int, T: int) -> RowShape:
+        fit = table.of(slots <= max(T, slots.min()))
+        S = suggest_scored_length(fit.slots_B, fit.scored_B, T)
+        if scored_length:
+            S = scored_length if longest <= T else min(S, scored_length)  # noqa: SIM300
+        Y = max(_share(fit.slots_B, view_B, T, 128) for view_B in fit.views_B2.T) if view_length else 0
+        return RowShape(R, T, S, Y)
+
+    if not table.fit(RowShape(1, longest, scored_length or longest)):
+        return (shape(ways * (rows_per_device or 1), longest),)
+    most = row_length or max(longest, min(2 * longest, budget // (rows_per_device or 1)))
+    step = round_up(
+        max(1, most - shortest) / 48, 128
+    )  # some 50 lengths are tried, however far the pairs' lengths differ
+    largest = [row_length] if row_length else range(longest, most + 1, step)
+    trials = _trials(table, B)
+    costs = {}  # (R, T) -> slots taken for each real one, in each trial
+    for T in sorted({*largest, *range(shortest, most, step)}):
+        rows = trials.rows_needed(shape(1, T))
+        for k in [rows_per_device] if rows_per_device else _powers_of_two(budget // T):
+            costs[k * ways, T] = np.ceil(rows / (k * ways)) * k * ways * T / trials.slots
+    found = []
+    for R, T in costs:
+        if T in largest:
+            few = _few(R, T, costs)
+            cost = np.min([costs[one] for one in few], axis=0).mean() * (1 + T / ATTENTION)
+            batches = (costs[R, T] * trials.slots)[trials.whole].mean() / (R * T)
+            found.append((cost, round(batches), T, R, few))
+    least = min(found)[0]
+    # Of equals those with fewer row batches: fewer programs are started, and weights gathered less often.
+    *_, few = min((one for one in found if one[0] < least * (1 + NEAR)), key=lambda one: one[1:4])
+    return tuple(shape(R, T) for R, T in few)
+
+
+def _share(slots: np.ndarray, part: np.ndarray, T: int, multiple: int) -> int:
+    """Room in a row of T slots for what takes `part` of these slots."""
+    return min(T, round_up(max(part.max(), SPARE * part.sum() / slots.sum() * T), multiple))
+
+
+class _Trials(NamedTuple):
+    """Random updates, and parts of the same ones, to be packed for trial."""
+
+    parts: list[Sizes]
+    times: float  # they stand for updates so many times their size
+    whole: slice  # those that are not parts
+
+    @property
+    def slots(self) -> np.ndarray:
+        return self.times * np.array([part.slots_B.sum() for part in self.parts])
+
+    def rows_needed(self, shape: RowShape) -> np.ndarray:
+        """How many rows of this shape each takes; inf where a row does not hold one of its pairs."""
+        _, T, S, Y = shape
+        rows = np.full(len(self.parts), np.inf)
+        for i, part in enumerate(self.parts):
+            if part.fit(shape):
+                slots, scored, views = (sizes.tolist() for sizes in part)
+                rows[i] = len(pack(slots, scored, T, S, views=views, Y=Y))
+        return self.times * rows
+
+
+def _trials(table: Sizes, B: int) -> _Trials:
+    """The same each time."""
+    rng, B = np.random.default_rng(0), min(B, len(table.slots_B))
+    pairs = min(B, 512)
+    updates = [rng.choice(len(table.slots_B), pairs, replace=False) for _ in range(int(np.clip(1536 // pairs, 3, 12)))]
+    parts = [table.of(update[: math.ceil(part * pairs)]) for part in PARTS for update in updates]
+    return _Trials(parts, B / pairs, slice(len(updates)))
+
+
+def _powers_of_two(most: int) -> list[int]:
+    return [2**i for i in range(max(1, most).bit_length())]
+
+
+def _few(R: int, T: int, costs: dict[tuple[int, int], np.ndarray]) -> list[tuple[int, int]]:
+    """R rows of T slots, and beside them the smaller shapes that save the most, largest first."""
+    few, least = [(R, T)], costs[R, T]
+    others = {one: cost for one, cost in costs.items() if one != (R, T) and one[0] <= R and one[1] <= T}
+    while others and len(few) < SHAPES:
+        means = {one: np.minimum(least, cost).mean() for one, cost in others.items()}
+        best = min(means, key=means.get)
+        if means[best] > least.mean() * (1 - GAIN):
+            break
+        few.append(best)
+        least = np.minimum(least, others.pop(best))
+    return sorted(few, key=lambda one: (one[1], one[0]), reverse=True)

@@ -5,6 +5,8 @@ h = H // 2.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +14,25 @@ import numpy as np
 
 from repo_jax.models.config import Rope
 
-BLOCK = 128  # queries that attend_blocked takes at a time
 MASKED = -1e30  # finite, so that a padding slot, which sees nothing, yields numbers instead of NaN
+
+
+class Places(NamedTuple):
+    """Where the tokens of packed rows stand (data/rows.py builds these)."""
+
+    positions_BT: Any
+    segments_BT: Any
+    prompts_BT: Any
+    views_B2Y: Any = None  # the slots of prompts + chosen answers, and of prompts + rejected ones
+    places_BT: Any = None  # where a slot's output stands in the two views laid end to end
+
+
+class Kernel(NamedTuple):
+    """A form of attention over packed rows. All equal `visible`; what padding slots get is any finite number."""
+
+    # (places, window) -> what the kernel needs to know of them, worked out once for all layers of that window
+    sight: Callable[[Places, int | None], Any]
+    attend: Callable  # (q_BTNH, k_BSKH, v_BSKH, sight, *, window, scale, cap) -> out_BTNH
 
 
 def frequencies(rope: Rope, H: int) -> np.ndarray:
@@ -81,37 +100,12 @@ def attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale: float, cap: float | None 
     return jnp.einsum("BKGTS,BSKH->BTKGH", probs_BKGTS, v_BSKH).reshape(B, T, N, H)
 
 
-def attend_blocked(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, scale: float, cap: float | None = None):
-    """attend for one CPU: one head of one row at a time, and of its keys only those up to the end of a block of queries.
-
-    What is worked on stays in the cache, and the blocks above the diagonal are never computed; backward computes the
-    probabilities again.
-    """
-    B, T, N, H = q_BTNH.shape
-    shared = N // k_BSKH.shape[2]  # query heads per key/value head
-
-    def heads_first(x_BTNH):
-        return jnp.moveaxis(x_BTNH, 2, 1).reshape(B * N, T, H)
-
-    @jax.checkpoint
-    def one_head(inputs):
-        q_TH, k_TH, v_TH, row = inputs
-        mask_TS, out = mask_BTS[row], []
-        for start in range(0, T, BLOCK):
-            end = min(start + BLOCK, T)
-            logits_TS = jnp.einsum("TH,SH->TS", q_TH[start:end], k_TH[:end], preferred_element_type=jnp.float32)
-            logits_TS = jnp.where(mask_TS[start:end, :end], soften(logits_TS, cap), MASKED)
-            out.append(jax.nn.softmax(logits_TS, axis=-1).astype(v_TH.dtype) @ v_TH[:end])
-        return jnp.concatenate(out)
-
-    keys, values = (heads_first(jnp.repeat(x_BSKH, shared, axis=2)) for x_BSKH in (k_BSKH, v_BSKH))
-    rows = jnp.repeat(jnp.arange(B), N)
-    out = jax.lax.map(one_head, (heads_first(q_BTNH * scale), keys, values, rows))
-    return jnp.moveaxis(out.reshape(B, N, T, H), 1, 2)
+def _mask(places: Places, window: int | None):
+    return visible(places.segments_BT, places.prompts_BT, places.positions_BT, window)
 
 
-ATTENTION = {
-    # name      function          fastest on
-    "dense":    attend,           # any mesh
-    "blocked":  attend_blocked,   # one CPU device: `benchmarks/attention.py` measures both
-}  # fmt: skip
+def _attend_mask(q_BTNH, k_BSKH, v_BSKH, mask_BTS, *, window: int | None, scale: float, cap: float | None):
+    return attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale=scale, cap=cap)
+
+
+DENSE = Kernel(_mask, _attend_mask)

@@ -5,14 +5,15 @@ H head size, h = H // 2, V vocabulary, L layers, Y labels, r rank of an adapter.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from repo_jax.models.attention import ATTENTION, rotate, rotations, soften, visible, visible_cached
+from repo_jax.models.attention import DENSE, Places, attend, rotate, rotations, soften, visible_cached
+from repo_jax.models.blocked import BLOCKED
 from repo_jax.models.config import DecoderConfig
 from repo_jax.sharding import BATCH, constrain
 
@@ -23,6 +24,12 @@ ACTIVATIONS = {
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
 
+ATTENTION = {
+    # name      kernel      for
+    "dense":    DENSE,      # anywhere: the plain form
+    "blocked":  BLOCKED,    # one CPU device
+}  # fmt: skip
+
 # What the backward pass finds stored; the rest it computes again.
 REMAT = {
     "none": jax.checkpoint_policies.everything_saveable,
@@ -31,12 +38,12 @@ REMAT = {
 }
 
 
-class View(NamedTuple):
+class Context(NamedTuple):
     """What a kind of layer (plain, or of one window) sees of where the tokens stand; the same for all layers of the kind."""
 
     cos_BT1h: jax.Array
     sin_BT1h: jax.Array
-    mask_BTS: jax.Array
+    sight: Any  # what the kernel of attention needs; with a cache, the mask
 
 
 class Cache(NamedTuple):
@@ -116,7 +123,7 @@ class Attention(Block):
     kernel: str = "dense"  # a key of ATTENTION
 
     @nn.compact
-    def __call__(self, x_BTD, view: View, cached=None):
+    def __call__(self, x_BTD, context: Context, cached=None, window: int | None = None):
         """The output, and where `cached` = (k_BSKH, v_BSKH, slots filled) is given also the longer keys and values."""
         c = self.cfg
         q_BTNH, k_BTKH, v_BTKH = (self.project(x_BTD, name) for name in ("q_DNH", "k_DKH", "v_DKH"))
@@ -127,7 +134,7 @@ class Attention(Block):
             q_BTNH, k_BTKH = self.norm(q_BTNH, "q_norm_H"), self.norm(k_BTKH, "k_norm_H")
         elif c.qk_norm == "whole":
             q_BTNH, k_BTKH = self.norm(q_BTNH, "q_norm_NH"), self.norm(k_BTKH, "k_norm_KH")
-        q_BTNH, k_BSKH = (rotate(x, view.cos_BT1h, view.sin_BT1h) for x in (q_BTNH, k_BTKH))
+        q_BTNH, k_BSKH = (rotate(x, context.cos_BT1h, context.sin_BT1h) for x in (q_BTNH, k_BTKH))
         v_BSKH = v_BTKH
         if cached is not None:
             *stored, filled = cached
@@ -136,8 +143,11 @@ class Attention(Block):
                 for old, new in zip(stored, (k_BSKH, v_BSKH), strict=True)
             )
         scale = c.H**-0.5 if c.query_scale is None else c.query_scale
-        attend = ATTENTION[self.kernel if cached is None else "dense"]
-        out_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, view.mask_BTS, scale=scale, cap=c.attn_softcap)
+        if cached is None:
+            kernel = functools.partial(ATTENTION[self.kernel].attend, window=window)
+        else:
+            kernel = attend
+        out_BTNH = kernel(q_BTNH, k_BSKH, v_BSKH, context.sight, scale=scale, cap=c.attn_softcap)
         out_BTD = self.project(out_BTNH, "o_NHD")
         if c.o_bias:
             out_BTD = self.bias(out_BTD, "o_bias_D")
@@ -155,11 +165,11 @@ class Layer(Block):
     kernel: str = "dense"
 
     @nn.compact
-    def __call__(self, x_BTD, view: View, cached=None):
+    def __call__(self, x_BTD, context: Context, cached=None, window: int | None = None):
         c, adapters = self.cfg, (self.lora_scale, self.lora_dropout)
         kept = None
         normed_BTD = self.norm(x_BTD, "attn_norm_D") if c.pre_norms else x_BTD
-        out_BTD = Attention(c, *adapters, kernel=self.kernel, name="attn")(normed_BTD, view, cached)
+        out_BTD = Attention(c, *adapters, kernel=self.kernel, name="attn")(normed_BTD, context, cached, window)
         if cached is not None:
             out_BTD, kept = out_BTD
         out_BTD = self.norm(out_BTD, "attn_post_norm_D") if c.post_norms else out_BTD
@@ -185,9 +195,19 @@ class Decoder(nn.Module):
     lora_dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, tokens_BT, positions_BT, segments_BT=None, prompts_BT=None, *, cache: Cache | None = None):
-        """hidden_BTD of packed rows. With a cache, of tokens that continue its sequences (position -1: no token), and the
-        cache that holds them too."""
+    def __call__(
+        self,
+        tokens_BT,
+        positions_BT,
+        segments_BT=None,
+        prompts_BT=None,
+        views_B2Y=None,
+        places_BT=None,
+        *,
+        cache: Cache | None = None,
+    ):
+        """hidden_BTD of packed rows (the views are for the kernels that need them). With a cache, of tokens that continue its
+        sequences (position -1: no token), and the cache that holds them too."""
         c = self.cfg
         embed_VD = self.param("embed_VD", INIT, (c.padded_V, c.D))
         if c.labels:
@@ -198,14 +218,16 @@ class Decoder(nn.Module):
         if c.scale_embeddings:
             x_BTD = x_BTD * jnp.asarray(c.D**0.5, self.dtype)
         if cache is None:
-            see = functools.partial(visible, segments_BT, prompts_BT, positions_BT)
+            places = Places(positions_BT, segments_BT, prompts_BT, views_B2Y, places_BT)
+            see = functools.partial(ATTENTION[self.attention].sight, places)
         else:
             seen_BS = jax.lax.dynamic_update_slice(cache.positions_BS, positions_BT, (0, cache.length))
             see = functools.partial(visible_cached, positions_BT, seen_BS)
-        views = {}
+        spread = functools.partial(constrain, spec=BATCH)
+        contexts = {}
         for window in dict.fromkeys(c.windows):
             rope = c.local_rope if window is not None and c.local_rope is not None else c.rope
-            views[window] = View(*rotations(positions_BT, rope, c.H), constrain(see(window), BATCH))
+            contexts[window] = Context(*rotations(positions_BT, rope, c.H), jax.tree.map(spread, see(window)))
         keys, values = {}, {}
         for stack, length in c.stacks.items():
             params = self.param(stack, functools.partial(_init_stack, c, length))
@@ -213,7 +235,7 @@ class Decoder(nn.Module):
                 {"lora": self.get_variable("lora", stack)} if self.has_variable("lora", stack) else {}
             )
             cached = None if cache is None else (cache.keys[stack], cache.values[stack])
-            x_BTD, kept = self._run(x_BTD, variables, length, views, cached, cache and cache.length)
+            x_BTD, kept = self._run(x_BTD, variables, length, contexts, cached, cache and cache.length)
             if cache is not None:
                 keys[stack], values[stack] = kept
         scale_D = self.param("final_norm_D", nn.initializers.ones, (c.D,))
@@ -222,7 +244,7 @@ class Decoder(nn.Module):
             return x_BTD
         return x_BTD, Cache(keys, values, seen_BS, cache.length + tokens_BT.shape[1])
 
-    def _run(self, x_BTD, variables, length: int, views, cached, filled):
+    def _run(self, x_BTD, variables, length: int, contexts, cached, filled):
         """The layers of one stack.
 
         scan compiles the layers of one period of windows and runs them over parameters stacked along L; remat inside it decides
@@ -235,15 +257,15 @@ class Decoder(nn.Module):
         # A layer is picked out of its period inside: what the loop keeps for the backward pass is then the stack itself. A layer
         # picked outside would be kept, and all of them together are a copy of the parameters.
         @functools.partial(jax.checkpoint, policy=REMAT[self.remat], prevent_cse=False, static_argnums=3)
-        def one(inputs, x_BTD, view, j):
+        def one(inputs, x_BTD, context, j):
             variables, cached, key = inputs if len(windows) == 1 else jax.tree.map(lambda leaf: leaf[j], inputs)
             cached = None if cached is None else (*cached, filled)
-            return layer.apply(variables, x_BTD, view, cached, rngs=None if key is None else {"dropout": key})
+            return layer.apply(variables, x_BTD, context, cached, windows[j], rngs=None if key is None else {"dropout": key})
 
         def period(x_BTD, inputs):
             kept = []
             for j, window in enumerate(windows):
-                x_BTD, new = one(inputs, x_BTD, views[window], j)
+                x_BTD, new = one(inputs, x_BTD, contexts[window], j)
                 kept.append(new)
             return x_BTD, kept[0] if len(windows) == 1 else jax.tree.map(lambda *layers: jnp.stack(layers), *kept)
 
@@ -262,8 +284,8 @@ class Decoder(nn.Module):
 def _init_stack(cfg: DecoderConfig, length: int, key):
     """The parameters of `length` layers, each stacked along a leading axis."""
     x_BTD = jnp.zeros((1, 1, cfg.D))
-    view = View(*(jnp.zeros((1, 1, 1, cfg.H // 2)),) * 2, jnp.ones((1, 1, 1), bool))
-    return jax.vmap(lambda key: Layer(cfg).init(key, x_BTD, view)["params"])(jax.random.split(key, length))
+    context = Context(*(jnp.zeros((1, 1, 1, cfg.H // 2)),) * 2, jnp.ones((1, 1, 1), bool))
+    return jax.vmap(lambda key: Layer(cfg).init(key, x_BTD, context)["params"])(jax.random.split(key, length))
 
 
 def param_shapes(cfg: DecoderConfig, dtype: str = "float32") -> dict:
