@@ -1,4 +1,4 @@
-"""The commands: repo-jax train | evaluate | generate | inspect | prepare | export."""
+"""The commands: repo-jax train | evaluate | generate | inspect | prepare | export | bench."""
 
 import argparse
 import difflib
@@ -163,6 +163,19 @@ def export_command(arguments, overrides) -> int:
     return 0
 
 
+def bench_command(arguments, overrides) -> int:
+    given = [path for path in (arguments.config, arguments.recipe) if path is not None]
+    if len(given) != 1:
+        raise UsageError("bench takes one recipe, as in: repo-jax bench RECIPE")
+    recipe = checked(load_recipe, given[0], overrides)
+    from repo_jax.benchmark import as_text, bench, prepare
+
+    setup = checked(prepare, recipe, weights="random" if arguments.random_weights else "read")
+    found = bench(setup, steps=arguments.steps, warmup=arguments.warmup)
+    print(json.dumps(found, indent=2, allow_nan=False) if arguments.json else as_text(found))
+    return 0
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is answered with one line rather than with every flag there is."""
 
@@ -225,6 +238,16 @@ def parse(argv: list[str]):
     export.add_argument("--hub_revision", metavar="BRANCH", help="branch to push to, made if missing")
     export.add_argument("--hub_private_repo", action="store_true", default=None, help="make a new repository private")
     export.add_argument("--adapter", action="store_true", help="write the adapters of a use_peft run, for PEFT")
+    bench = add("bench", bench_command, "measure how fast a recipe's updates are; nothing is written")
+    bench.add_argument("config", nargs="?", help="the recipe, a YAML file")
+    bench.add_argument("--config", dest="recipe", metavar="RECIPE", help="the recipe, likewise")
+    bench.add_argument("--steps", type=updates, default=10, metavar="N", help="updates to measure (default: 10)")
+    bench.add_argument("--warmup", type=updates, default=2, metavar="N", help="updates before those (default: 2)")
+    bench.add_argument(
+        "--random_weights", action="store_true", help="of the model, config.json and tokenizer are enough"
+    )
+    bench.add_argument("--json", action="store_true", help="print everything as JSON")
+    add_recipe_flags(bench)
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         close = difflib.get_close_matches(unknown[0], [f"--{name.split('.')[1]}" for name in recipe_flags()], n=1)
@@ -282,6 +305,12 @@ def default_of(field) -> str:
 def count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"'{text}' is no number of pairs; give 0 or more")
+    return int(text)
+
+
+def updates(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of updates; give 1 or more")
     return int(text)
 
 

@@ -47,9 +47,13 @@ class ModelSection:
         "auto",
         description="what parameters are kept in; auto: float32 where they are trained, else compute_dtype; bfloat16 halves their memory, and their updates are rounded up or down at random to its 8 bits",
     )
-    remat: Literal["none", "dots", "full"] = Field(
+    attn_implementation: Literal["auto", "dense", "blocked", "splash", "flash"] = Field(
+        "auto",
+        description="the form of attention, all equally exact; auto: splash on TPU, flash on GPU, blocked on one CPU device, else dense",
+    )
+    remat: Literal["none", "dots", "attention", "full", "offload"] = Field(
         "full",
-        description="what the backward pass computes again: nothing, all but weight matmuls, or all of each layer",
+        description="what the backward pass computes again: nothing (none), all but weight matmuls (dots) or but attention, or all of each layer (full; offload: whose input waits in the host's memory, on TPU and GPU)",
     )
     use_peft: bool = Field(False, description="train low-rank adapters (LoRA, arXiv:2106.09685) over frozen parameters")
     lora_r: int = Field(16, ge=1, description="rank of the adapters")
@@ -123,12 +127,21 @@ class DataSection:
         None, gt=0, le=1, description="the t-th token of an answer counts for this to the power t (D2PO); null: 1"
     )
     row_length: int | None = Field(
-        None, ge=3, description="token slots of a packed row; null: the longest pair, rounded up to 128"
+        None,
+        ge=3,
+        description="token slots of a packed row; null: suggested from the lengths of the pairs and the devices",
     )
     scored_length: int | None = Field(
         None, ge=2, description="scored tokens a row has room for; null: suggested from the data"
     )
-    rows_per_device: int = Field(4, ge=1, description="rows a device takes through the model at a time")
+    rows_per_device: int | None = Field(
+        None, ge=1, description="rows a device takes through the model at a time; null: suggested with row_length"
+    )
+    slots_per_device: int | None = Field(
+        None,
+        ge=3,
+        description="token slots a device takes at a time, as far as its longest pair allows; null: 8192, on CPU 2048",
+    )
     cache_dir: Path = Field("~/.cache/repo_jax", description="where tokenized data sets are kept")
 
     def __post_init__(self):
@@ -172,12 +185,20 @@ class OptimSection:
         "float32", description="what the first moment of adamw and lion is kept in; second moments are float32"
     )
     max_grad_norm: float | None = Field(1.0, gt=0, description="gradients are scaled down to this norm; null: never")
-    mode: Literal["direct", "two_pass"] = Field(
-        "direct",
-        description="direct: one forward and backward for every pair; two_pass: score all, then backward only where the gradient is not 0",
+    mode: Literal["auto", "direct", "two_pass"] = Field(
+        "auto",
+        description="direct: one forward and backward for every pair; two_pass: score all, then backward only where the gradient is not 0; auto: the cheaper of these two exact forms, by the share of tokens that was active lately",
+    )
+    two_pass_below: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="mode auto takes two passes below this active share; null: where the arithmetic breaks even",
     )
 
     def __post_init__(self):
+        if self.two_pass_below is not None and self.mode != "auto":
+            raise ValueError(f"two_pass_below={self.two_pass_below:g} but mode={self.mode}; leave one of them out")
         if self.moment_dtype == "float32":
             return
         if self.optim == "adafactor":
@@ -218,6 +239,14 @@ class RunSection:
         None, ge=1, description="updates between evaluations; null: before and after training only"
     )
     save_steps: int = Field(100, ge=1, description="updates between checkpoints; one more is written at the end")
+    profile_steps: str | None = Field(
+        None,
+        description="first and last update to trace, such as 10-12, into output_dir/profile, for XProf; null: none",
+    )
+    compile_cache_dir: Path | None = Field(
+        "~/.cache/repo_jax/xla",
+        description="where programs compiled for a TPU or GPU are kept for the next run; null: nowhere",
+    )
     save_total_limit: int = Field(2, ge=1, description="checkpoints kept")
     push_to_hub: bool = Field(False, description="whether the exported model is pushed to the Hugging Face Hub")
     hub_model_id: str | None = Field(
@@ -227,6 +256,19 @@ class RunSection:
     hub_private_repo: bool | None = Field(
         None, description="whether a new repository is private; null: as its owner has set (public, usually)"
     )
+
+    def __post_init__(self):
+        first, last = self.traced
+        if self.profile_steps is not None and not 1 <= first <= last:
+            raise ValueError(
+                f"profile_steps={self.profile_steps!r}; give the first and the last update to trace, such as 10-12"
+            )
+
+    @property
+    def traced(self) -> tuple[int, int]:
+        """The first and last update to trace, from 1; (0, 0): none."""
+        match = re.fullmatch(r"(\d+)-(\d+)", self.profile_steps or "")
+        return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
 @dataclass(frozen=True, config=STRICT)

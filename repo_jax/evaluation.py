@@ -12,7 +12,7 @@ from repo_jax.data.rows import row_batches
 from repo_jax.data.schema import PairTokens
 from repo_jax.losses import PairLogps
 from repo_jax.memory import explained, held_in_scoring, what_helps
-from repo_jax.preparation import Setup, set_up
+from repo_jax.preparation import Setup, keep_programs, set_up
 from repo_jax.rewards import evaluate_rewards
 from repo_jax.step import Scorer
 
@@ -29,7 +29,7 @@ def score_pairs(scorer: Scorer, variables: dict, pairs: Sequence[PairTokens]) ->
     groups = []
     for start in tqdm(range(0, len(pairs), GROUP), desc="scoring", unit=f" x {GROUP} pairs", disable=None, leave=False):
         group = [pairs[i] for i in range(start, min(start + GROUP, len(pairs)))]
-        scored = jax.device_get(scorer(variables, row_batches(group, scorer.shape, B=GROUP)))
+        scored = jax.device_get(scorer(variables, row_batches(group, scorer.shapes, B=GROUP)))
         groups.append(PairLogps(*(x_B2[: len(group)] for x_B2 in scored)))
     return jax.tree.map(lambda *parts: np.concatenate(parts), *groups)
 
@@ -51,13 +51,14 @@ def evaluate(recipe: Recipe) -> dict[str, float | str]:
 
 def evaluate_setup(setup: Setup) -> dict[str, float | str]:
     """evaluate, for a recipe that has been looked at."""
+    keep_programs(setup.recipe.run.compile_cache_dir)
     place = setup.mesh, setup.recipe.model.param_dtype
     held = held_in_scoring(setup.pretrained.shapes(*place))
     with explained(setup.mesh, held, lambda: what_helps(setup.recipe, setup.mesh, held)):
         if setup.cfg.labels:
             return evaluate_rewards(setup)
         variables = {"params": setup.pretrained.params(*place)}
-        scorer = Scorer(setup.model, setup.loss, setup.hparams, setup.mesh, setup.shape)
+        scorer = Scorer(setup.model, setup.loss, setup.hparams, setup.mesh, setup.shapes)
         results = summarize(evaluate_pairs(scorer, variables, setup.held_out))
     return setup.recipe.loss | results | {"pairs": len(setup.held_out)}
 

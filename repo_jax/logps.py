@@ -6,6 +6,7 @@ G groups of rows that share a device, B pairs; 2 is (chosen, rejected).
 
 import contextlib
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,6 @@ from repo_jax.losses import PairLogps
 from repo_jax.models.attention import MASKED, soften
 from repo_jax.models.decoder import Decoder, output_head
 from repo_jax.sharding import BATCH, constrain
-
-CHUNK = 128  # scored tokens a row sends to the head at a time; [R, CHUNK, V] is the largest array the head makes
 
 
 def exact_matmuls(dtype):
@@ -37,55 +36,98 @@ def pair_logps(model: Decoder, variables: dict, batch: RowBatch, *, dropout=None
         # Unused entries carry 2 * B, which segment_sum drops.
         return jax.ops.segment_sum(x_RS.ravel(), batch.answers_RS.ravel(), num_segments=2 * B).reshape(B, 2)
 
-    with exact_matmuls(model.dtype):
-        hidden_RTD = model.apply(
-            variables,
-            *(batch.tokens_RT, batch.positions_RT, batch.segments_RT, batch.prompts_RT),
-            rngs=None if dropout is None else {"dropout": dropout},
-        )
-        # Not a shift by one: a prompt's last slot predicts two tokens, the first of each answer.
-        source_RSD = jnp.take_along_axis(hidden_RTD, batch.sources_RS[..., None], axis=1)
-        cfg, head_VD = model.cfg, output_head(variables["params"])
-        logps_RS = token_logps(source_RSD, head_VD, batch.targets_RS, vocab=cfg.V, cap=cfg.logit_softcap)
+    source_RSD = predicting(model, variables, batch, dropout)
+    logps_RS = token_logps(source_RSD, head_of(model, variables), batch.targets_RS)
     lengths_B2 = sum_by_answer(jnp.ones_like(logps_RS))
     if batch.weights_RS is not None:
         logps_RS = logps_RS * batch.weights_RS
     return PairLogps(sum_by_answer(logps_RS), lengths_B2)
 
 
-def token_logps(source_RSD, head_VD, targets_RS, *, vocab: int | None = None, cap: float | None = None):
-    """Log-prob of each target under softmax(source @ head), in float32; [R, S, V] is never built.
-
-    The head is used in the dtype of `source`; its gradient is added up in float32. Rows of the head from `vocab` on only pad it;
-    `cap` is the soft cap on logits.
-    """
-    S = targets_RS.shape[1]
-    padded = -S % min(S, CHUNK)
-    source_RSD = jnp.pad(source_RSD, ((0, 0), (0, padded), (0, 0)))
-    targets_RS = jnp.pad(targets_RS, ((0, 0), (0, padded)))
-    return _token_logps(vocab, cap, source_RSD, head_VD, targets_RS)[:, :S]
+def weighted_logps(model: Decoder, variables: dict, batch: RowBatch, slopes_B2):
+    """The sum over answers of slope times log-prob, whose gradient the head makes as it goes, because the slopes are known."""
+    slopes_RS = jnp.take(slopes_B2.ravel(), batch.answers_RS, mode="fill", fill_value=0.0)
+    if batch.weights_RS is not None:
+        slopes_RS = slopes_RS * batch.weights_RS
+    source_RSD = predicting(model, variables, batch)
+    return weighted_sum(source_RSD, head_of(model, variables), batch.targets_RS, slopes_RS)
 
 
-def _chunks(x_RS):
-    """[R, S, ...] -> [S // C, R, C, ...], for a scan over chunks; rows stay the axis that is spread over devices."""
-    R, S = x_RS.shape[:2]
-    C = min(S, CHUNK)
-    return jnp.moveaxis(x_RS.reshape(R, S // C, C, *x_RS.shape[2:]), 1, 0)
+def predicting(model: Decoder, variables: dict, batch: RowBatch, dropout=None):
+    """source_RSD: the hidden states that predict the scored tokens."""
+    with exact_matmuls(model.dtype):
+        hidden_RTD = model.apply(
+            variables,
+            *(batch.tokens_RT, batch.positions_RT, batch.segments_RT, batch.prompts_RT, batch.views_R2Y),
+            rngs=None if dropout is None else {"dropout": dropout},
+        )
+    # Not a shift by one: a prompt's last slot predicts two tokens, the first of each answer.
+    return jnp.take_along_axis(hidden_RTD, batch.sources_RS[..., None], axis=1)
 
 
-def _unchunk(x_NRC):
+class Softmax(NamedTuple):
+    """How the head's logits are taken, and how many tokens a device sends to it at a time: [tokens, V] in float32 is the largest array."""
+
+    vocab: int | None = None  # rows of the head from here on only pad it
+    cap: float | None = None  # the soft cap on logits
+    forward_chunk: int = 1024
+    backward_chunk: int = 1024  # each adds to the gradient of the whole head, which few tokens would not be worth
+
+
+class Head(NamedTuple):
+    """The output head; it is used in the dtype of what it is applied to, and its gradient is added up in float32."""
+
+    weight_VD: jax.Array
+    softmax: Softmax = Softmax()
+
+
+def head_of(model: Decoder, variables: dict) -> Head:
+    return Head(output_head(variables["params"]), Softmax(model.cfg.V, model.cfg.logit_softcap, *model.head_chunks))
+
+
+def token_logps(source_RSD, head: Head, targets_RS):
+    """Log-prob of each target under softmax(source @ head), in float32; [R, S, V] is never built."""
+    return _token_logps(head.softmax, source_RSD, head.weight_VD, targets_RS)
+
+
+def weighted_sum(source_RSD, head: Head, targets_RS, slopes_RS):
+    """sum(slopes * token_logps) for constant slopes. Forward and backward are one sweep: three products with the head where
+    token_logps takes four."""
+    return _weighted_sum(head.softmax, source_RSD, head.weight_VD, targets_RS, slopes_RS)
+
+
+def _groups(R: int) -> int:
+    """Groups of rows that share a device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def _chunks(tokens: int, *arrays):
+    """Each [R, S, ...] -> [N, R, C, ...] for a scan over chunks, S padded with 0; rows stay the axis that is spread over devices."""
+    R, S = arrays[0].shape[:2]
+    C = min(S, max(1, tokens // (R // _groups(R))))
+    N = -(-S // C)
+
+    def split(x_RS):
+        x_RS = jnp.pad(x_RS, ((0, 0), (0, N * C - S)) + ((0, 0),) * (x_RS.ndim - 2))
+        return jnp.moveaxis(x_RS.reshape(R, N, C, *x_RS.shape[2:]), 1, 0)
+
+    return tuple(split(x_RS) for x_RS in arrays)
+
+
+def _unchunk(x_NRC, S: int):
     """The inverse of _chunks."""
     N, R, C = x_NRC.shape[:3]
-    return jnp.moveaxis(x_NRC, 0, 1).reshape(R, N * C, *x_NRC.shape[3:])
+    return jnp.moveaxis(x_NRC, 0, 1).reshape(R, N * C, *x_NRC.shape[3:])[:, :S]
 
 
-def _logits(vocab: int | None, cap: float | None, x_RCD, head_VD):
+def _logits(softmax: Softmax, x_RCD, head_VD):
     """The logits as the softmax takes them, and their slopes d logits / d (x @ head)."""
     raw_RCV = jnp.einsum("RCD,VD->RCV", x_RCD, head_VD, preferred_element_type=jnp.float32)
-    logits_RCV = soften(raw_RCV, cap)
-    slopes_RCV = 1.0 if cap is None else 1 - (logits_RCV / cap) ** 2
-    if vocab is not None and head_VD.shape[0] > vocab:
-        there_V = jnp.arange(head_VD.shape[0]) < vocab
+    logits_RCV = soften(raw_RCV, softmax.cap)
+    slopes_RCV = 1.0 if softmax.cap is None else 1 - (logits_RCV / softmax.cap) ** 2
+    if softmax.vocab is not None and head_VD.shape[0] > softmax.vocab:
+        there_V = jnp.arange(head_VD.shape[0]) < softmax.vocab
         logits_RCV = jnp.where(there_V[None, None], logits_RCV, MASKED)
     return logits_RCV, slopes_RCV
 
@@ -94,62 +136,103 @@ def _is_target(targets_RC, V):
     return targets_RC[..., None] == jnp.arange(V, dtype=targets_RC.dtype)[None, None]
 
 
+def _logps(logits_RCV, targets_RC):
+    """The targets' log-probs and the log of the softmax's sum."""
+    lse_RC = jax.nn.logsumexp(logits_RCV, axis=-1)
+    # A masked sum rather than an index: where V is split, each shard adds its own part.
+    target_RC = jnp.sum(jnp.where(_is_target(targets_RC, logits_RCV.shape[-1]), logits_RCV, 0.0), axis=-1)
+    return target_RC - lse_RC, lse_RC
+
+
+def _push_back(dhead_GVD, logits_RCV, slopes_RCV, lse_RC, targets_RC, g_RC, x_RCD, head):
+    """dhead_GVD with this chunk's part, and dx_RCD, for g_RC = d loss / d log-prob of each target."""
+    (R, C, D), (V, dtype, G) = x_RCD.shape, (head.shape[0], x_RCD.dtype, dhead_GVD.shape[0])
+    probs_RCV = jnp.exp(logits_RCV - lse_RC[..., None])
+    dlogits_RCV = (g_RC[..., None] * (_is_target(targets_RC, V) - probs_RCV) * slopes_RCV).astype(dtype)
+    dx_RCD = jnp.einsum("RCV,VD->RCD", dlogits_RCV, head, preferred_element_type=jnp.float32).astype(dtype)
+    by_group = (G, R // G * C)
+    dhead_GVD += jnp.einsum(
+        "GXV,GXD->GVD",
+        dlogits_RCV.reshape(*by_group, V),
+        x_RCD.reshape(*by_group, D),
+        preferred_element_type=jnp.float32,
+    )
+    return _local(dhead_GVD), dx_RCD
+
+
 def _whole_width(head_VD, dtype):
     """The head in the compute dtype, D gathered once before the loop; V stays split over `tensor`."""
     return constrain(head_VD.astype(dtype), P("tensor", None))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _token_logps(vocab, cap, source_RSD, head_VD, targets_RS):
-    return _token_logps_fwd(vocab, cap, source_RSD, head_VD, targets_RS)[0]
+# Each device adds up the head's gradient over its own rows; the sum over devices follows once, after the loop.
+_local = functools.partial(constrain, spec=P(*BATCH, "tensor", None))
 
 
-def _token_logps_fwd(vocab, cap, source_RSD, head_VD, targets_RS):
-    head = _whole_width(head_VD, source_RSD.dtype)
+def _no_gradient(R: int, head_VD):
+    return _local(jnp.zeros((_groups(R), *head_VD.shape), jnp.float32))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _token_logps(softmax: Softmax, source_RSD, head_VD, targets_RS):
+    return _token_logps_fwd(softmax, source_RSD, head_VD, targets_RS)[0]
+
+
+def _token_logps_fwd(softmax, source_RSD, head_VD, targets_RS):
+    head, S = _whole_width(head_VD, source_RSD.dtype), targets_RS.shape[1]
 
     def chunk(_, inputs):
         x_RCD, targets_RC = inputs
-        logits_RCV, _ = _logits(vocab, cap, x_RCD, head)
-        lse_RC = jax.nn.logsumexp(logits_RCV, axis=-1)
-        # A masked sum rather than an index: where V is split, each shard adds its own part.
-        target_RC = jnp.sum(jnp.where(_is_target(targets_RC, head.shape[0]), logits_RCV, 0.0), axis=-1)
-        return None, (target_RC - lse_RC, lse_RC)
+        return None, _logps(_logits(softmax, x_RCD, head)[0], targets_RC)
 
-    _, (logps, lse) = jax.lax.scan(chunk, None, (_chunks(source_RSD), _chunks(targets_RS)))
-    return _unchunk(logps), (source_RSD, head_VD, targets_RS, _unchunk(lse))
+    with exact_matmuls(source_RSD.dtype):
+        _, (logps, lse) = jax.lax.scan(chunk, None, _chunks(softmax.forward_chunk, source_RSD, targets_RS))
+    return _unchunk(logps, S), (source_RSD, head_VD, targets_RS, _unchunk(lse, S))
 
 
-def _token_logps_bwd(vocab, cap, residuals, g_RS):
+def _token_logps_bwd(softmax, residuals, g_RS):
     source_RSD, head_VD, targets_RS, lse_RS = residuals
-    R, _, D = source_RSD.shape
-    V, dtype = head_VD.shape[0], source_RSD.dtype
-    head = _whole_width(head_VD, dtype)
-    # Each device adds up the head's gradient over its own rows; the sum over devices follows once, after the loop.
-    mesh = jax.sharding.get_abstract_mesh()
-    G = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
-    local = functools.partial(constrain, spec=P(*BATCH, "tensor", None))
+    head = _whole_width(head_VD, source_RSD.dtype)
 
     def chunk(dhead_GVD, inputs):
         x_RCD, targets_RC, lse_RC, g_RC = inputs
-        logits_RCV, slopes_RCV = _logits(vocab, cap, x_RCD, head)
-        probs_RCV = jnp.exp(logits_RCV - lse_RC[..., None])
-        dlogits_RCV = (g_RC[..., None] * (_is_target(targets_RC, V) - probs_RCV) * slopes_RCV).astype(dtype)
-        dx_RCD = jnp.einsum("RCV,VD->RCD", dlogits_RCV, head, preferred_element_type=jnp.float32).astype(dtype)
-        grouped = (G, R // G * x_RCD.shape[1])
-        dhead_GVD += jnp.einsum(
-            "GXV,GXD->GVD",
-            dlogits_RCV.reshape(*grouped, V),
-            x_RCD.reshape(*grouped, D),
-            preferred_element_type=jnp.float32,
-        )
-        return local(dhead_GVD), dx_RCD
+        return _push_back(dhead_GVD, *_logits(softmax, x_RCD, head), lse_RC, targets_RC, g_RC, x_RCD, head)
 
-    with exact_matmuls(dtype):
-        start = local(jnp.zeros((G, V, D), jnp.float32))
-        dhead_GVD, dx = jax.lax.scan(
-            chunk, start, (_chunks(source_RSD), _chunks(targets_RS), _chunks(lse_RS), _chunks(g_RS))
-        )
-    return _unchunk(dx), dhead_GVD.sum(axis=0).astype(head_VD.dtype), None
+    with exact_matmuls(source_RSD.dtype):
+        chunks = _chunks(softmax.backward_chunk, source_RSD, targets_RS, lse_RS, g_RS)
+        dhead_GVD, dx = jax.lax.scan(chunk, _no_gradient(len(source_RSD), head_VD), chunks)
+    return _unchunk(dx, g_RS.shape[1]), dhead_GVD.sum(axis=0).astype(head_VD.dtype), None
 
 
 _token_logps.defvjp(_token_logps_fwd, _token_logps_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weighted_sum(softmax: Softmax, source_RSD, head_VD, targets_RS, slopes_RS):
+    return jnp.sum(slopes_RS * _token_logps(softmax, source_RSD, head_VD, targets_RS))
+
+
+def _weighted_sum_fwd(softmax, source_RSD, head_VD, targets_RS, slopes_RS):
+    head = _whole_width(head_VD, source_RSD.dtype)
+
+    def chunk(sums, inputs):
+        total, dhead_GVD = sums
+        x_RCD, targets_RC, g_RC = inputs
+        logits_RCV, slopes_RCV = _logits(softmax, x_RCD, head)
+        logps_RC, lse_RC = _logps(logits_RCV, targets_RC)
+        dhead_GVD, dx_RCD = _push_back(dhead_GVD, logits_RCV, slopes_RCV, lse_RC, targets_RC, g_RC, x_RCD, head)
+        return (total + jnp.sum(g_RC * logps_RC), dhead_GVD), dx_RCD
+
+    with exact_matmuls(source_RSD.dtype):
+        start = jnp.zeros(()), _no_gradient(len(source_RSD), head_VD)
+        chunks = _chunks(softmax.backward_chunk, source_RSD, targets_RS, slopes_RS)
+        (total, dhead_GVD), dx = jax.lax.scan(chunk, start, chunks)
+    return total, (_unchunk(dx, targets_RS.shape[1]), dhead_GVD.sum(axis=0).astype(head_VD.dtype))
+
+
+def _weighted_sum_bwd(softmax, residuals, g):
+    dx_RSD, dhead_VD = residuals
+    return (dx_RSD * g).astype(dx_RSD.dtype), (dhead_VD * g).astype(dhead_VD.dtype), None, None
+
+
+_weighted_sum.defvjp(_weighted_sum_fwd, _weighted_sum_bwd)

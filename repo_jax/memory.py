@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from repo_jax.config import Recipe, StoppedError
+from repo_jax.preparation import slots_per_device
 from repo_jax.state import TrainState
 
 GIB = 2**30
@@ -104,7 +105,10 @@ def what_helps(recipe: Recipe, mesh: Mesh, held: dict[str, int]) -> list[str]:
     if device.platform == "gpu" and not any(name in os.environ for name in FRACTIONS):
         found.append(f"{FRACTION}=0.95 in the environment (JAX takes 0.75 of a GPU unless told otherwise)")
     if limit is None or total < limit:  # else rows are not what there is no room for
-        if data.rows_per_device > 1:
+        if data.rows_per_device is None:
+            slots = data.slots_per_device or slots_per_device(device.platform)
+            found.append(f"slots_per_device: {slots // 2} (now {slots}; the same result in more passes)")
+        elif data.rows_per_device > 1:
             found.append(
                 f"rows_per_device: {data.rows_per_device // 2} (now {data.rows_per_device}; the same result in more passes)"
             )

@@ -13,7 +13,7 @@ def preference_metrics(pairs: PairLogps, losses_B, slopes_B2, hparams: dict) -> 
     """Means over the pairs that are there: their lengths are not 0.
 
     Rewards are beta times the mean log-prob per token where the objective has a beta, else that log-prob itself. slopes_B2 is
-    d loss / d log-prob: a pair is active if either of its two is not 0.
+    d loss / d log-prob: a pair is active if either of its two is not 0, a scored token if its answer's is not.
     """
     there_B = pairs.lengths_B2[:, 0] > 0
 
@@ -30,4 +30,5 @@ def preference_metrics(pairs: PairLogps, losses_B, slopes_B2, hparams: dict) -> 
         "logps/chosen": mean(mean_B2[:, 0]),
         "logps/rejected": mean(mean_B2[:, 1]),
         "active_fraction": mean((slopes_B2 != 0).any(axis=1).astype(jnp.float32)),
+        "active_token_fraction": jnp.sum(pairs.lengths_B2, where=slopes_B2 != 0) / jnp.sum(pairs.lengths_B2),
     }

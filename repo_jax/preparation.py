@@ -11,11 +11,11 @@ from jax.sharding import Mesh
 
 from repo_jax.config import DataSection, ModelSection, Recipe, RunSection
 from repo_jax.data.batches import steps_per_epoch
-from repo_jax.data.rows import RowShape, suggest_row_length, suggest_scored_length, too_long
+from repo_jax.data.rows import RowShape, suggest_shapes, too_long
 from repo_jax.data.store import TokenStore
 from repo_jax.losses import DEFAULT_LOSS, Loss, make_loss
 from repo_jax.models.config import DecoderConfig
-from repo_jax.models.decoder import Decoder, param_shapes
+from repo_jax.models.decoder import IN_VIEWS, Decoder, param_shapes
 from repo_jax.models.hub import check_push
 from repo_jax.models.lora import adapter_shapes
 from repo_jax.models.pretrained import Pretrained, open_model
@@ -34,7 +34,7 @@ class Setup(NamedTuple):
     train: TokenStore | None
     held_out: TokenStore | None
     mesh: Mesh
-    shape: RowShape
+    shapes: tuple[RowShape, ...]  # the largest, which holds every pair, and a few smaller ones
     total_steps: int
     push_to: str | None = None  # ORG/NAME of the Hub
 
@@ -62,16 +62,31 @@ class Setup(NamedTuple):
 
 
 def decoder(model: ModelSection, cfg: DecoderConfig, mesh: Mesh) -> Decoder:
-    """The decoder in the form that is fastest there."""
-    one_cpu = mesh.size == 1 and jax.default_backend() == "cpu"
+    """The decoder in the form that is fastest on the devices of the mesh."""
     return Decoder(
         cfg,
         jnp.dtype(model.compute_dtype),
         model.remat,
-        attention="blocked" if one_cpu else "dense",
+        attention=kernel_of(model, cfg, mesh),
+        # Small pieces stay in a CPU's caches (benchmarks/README.md).
+        head_chunks=(128, 512) if _platform(mesh) == "cpu" else (1024, 1024),
         lora_scale=model.lora_scale,
         lora_dropout=model.lora_dropout if model.use_peft else 0.0,
     )
+
+
+def kernel_of(model: ModelSection, cfg: DecoderConfig, mesh: Mesh) -> str:
+    """The form of attention that the section asks for, or that is fastest there."""
+    platform, name = _platform(mesh), model.attn_implementation
+    if name == "auto":
+        name = {"tpu": "splash", "cpu": "blocked" if mesh.size == 1 else "dense"}.get(platform, "flash")
+    if cfg.labels and name in IN_VIEWS:  # reward models read whole sequences, which have no views
+        return "dense"
+    return name
+
+
+def _platform(mesh: Mesh) -> str:
+    return mesh.devices.flat[0].platform
 
 
 def resolved(model: ModelSection, *, exact: bool) -> ModelSection:
@@ -96,14 +111,23 @@ def compute_dtype(name: str, device) -> str:
     return "bfloat16" if fast else "float32"
 
 
-def set_up(recipe: Recipe, *, training: bool) -> Setup:
+def keep_programs(folder: str | None) -> None:
+    """Has compiled programs kept for the next process, unless jax is told so already. Those for a CPU belong to one kind of processor,
+    and home folders are shared."""
+    if folder and jax.config.jax_compilation_cache_dir is None and jax.default_backend() != "cpu":
+        jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def set_up(recipe: Recipe, *, training: bool, pretrained: Pretrained | None = None) -> Setup:
     """Loss, model, tokens, rows and mesh of a recipe; for training also how many updates there are.
+
+    `pretrained` stands in for the model that the recipe names.
 
     Raises ValueError or FileNotFoundError with a message that says what to change.
     """
     loss, hparams = make_loss(**recipe.loss)
     push_to = _push_to(recipe.run) if training else None
-    pretrained = open_model(model_files(recipe, weights=True))
+    pretrained = pretrained or open_model(model_files(recipe, weights=True))
     cfg = pretrained.cfg
     if cfg.labels and (training or cfg.labels > 1):
         kind = "reward model" if cfg.labels == 1 else f"classification model of {cfg.labels} labels"
@@ -116,10 +140,13 @@ def set_up(recipe: Recipe, *, training: bool) -> Setup:
             f"'{recipe.model.model_name_or_path}' is an adapter, and adapters over an adapter are not supported; merge it into its base "
             "with PEFT (merge_and_unload, then save_pretrained) and give that model, or train all parameters (use_peft: false)"
         )
-    if adapts and recipe.model.lora_dropout and recipe.optim.mode == "two_pass":
-        raise ValueError(
-            f"lora_dropout={recipe.model.lora_dropout:g} would drop other inputs in each pass of mode two_pass; set it to 0, or mode to direct"
-        )
+    optim = recipe.optim
+    if adapts and recipe.model.lora_dropout:
+        if optim.mode == "two_pass":
+            raise ValueError(
+                f"lora_dropout={recipe.model.lora_dropout:g} would drop other inputs in each pass of mode two_pass; set it to 0, or mode to direct"
+            )
+        optim = dataclasses.replace(optim, mode="direct", two_pass_below=None)
     tokenizer = tokenizer_of(recipe)
     if (largest := len(tokenizer)) > cfg.V:
         raise ValueError(
@@ -142,15 +169,17 @@ def set_up(recipe: Recipe, *, training: bool) -> Setup:
     param_shardings(param_shapes(cfg), mesh)
     if adapts:
         adapter_shapes(cfg, recipe.model.lora_r, recipe.model.lora_target_modules)
-    shape = _row_shape(recipe, [store for store in (train, held_out) if store is not None], mesh)
+    _check_kernel(recipe.model, mesh)
+    shapes = _row_shapes(recipe, cfg, [store for store in (train, held_out) if store is not None], mesh)
     total_steps = _total_steps(recipe, train) if training else 0
     recipe = dataclasses.replace(
         recipe,
+        optim=optim,
         data=_from_anywhere(recipe.data),
         model=resolved(recipe.model, exact=pretrained.adapter is not None or (training and not adapts)),
         loss={"loss_type": DEFAULT_LOSS} | recipe.loss | hparams,
     )
-    return Setup(recipe, loss, hparams, pretrained, tokenizer, train, held_out, mesh, shape, total_steps, push_to)
+    return Setup(recipe, loss, hparams, pretrained, tokenizer, train, held_out, mesh, shapes, total_steps, push_to)
 
 
 def _absolute(name: str | None) -> str | None:
@@ -175,17 +204,49 @@ def _push_to(run: RunSection) -> str | None:
     return check_push(run.hub_model_id or pathlib.Path(run.output_dir).absolute().name)
 
 
-def _row_shape(recipe: Recipe, stores: list[TokenStore], mesh: Mesh) -> RowShape:
+def _check_kernel(model: ModelSection, mesh: Mesh) -> None:
+    platform, name = _platform(mesh), model.attn_implementation
+    if name == "splash" and platform != "tpu":
+        raise ValueError(f"attn_implementation={name} runs on TPUs but the devices are {platform}s; leave it at auto")
+    if name == "blocked" and (platform != "cpu" or mesh.size > 1):
+        raise ValueError(
+            f"attn_implementation={name} is for one CPU device but there are {mesh.size} of {platform}; leave it at auto"
+        )
+    if model.remat == "offload" and platform == "cpu":
+        raise ValueError(
+            "remat=offload moves what is kept to the host's memory, where a CPU has it already; choose full"
+        )
+
+
+def _row_shapes(recipe: Recipe, cfg: DecoderConfig, stores: list[TokenStore], mesh: Mesh) -> tuple[RowShape, ...]:
     slots = np.concatenate([store.slots for store in stores])
     scored = np.concatenate([store.scored.sum(axis=1) for store in stores])
-    T = recipe.data.row_length or suggest_row_length(slots)
-    S = recipe.data.scored_length or suggest_scored_length(slots, scored, T)
+    views = np.concatenate([store.lengths[:, :1] + store.lengths[:, 1:] for store in stores])
+    data = recipe.data
+    shapes = suggest_shapes(
+        slots,
+        scored,
+        views,
+        B=recipe.optim.train_batch_size,
+        ways=batch_ways(mesh),
+        row_length=data.row_length,
+        scored_length=data.scored_length,
+        rows_per_device=data.rows_per_device,
+        view_length=kernel_of(recipe.model, cfg, mesh) in IN_VIEWS,
+        budget=data.slots_per_device or slots_per_device(_platform(mesh)),
+    )
+    _, T, S, _ = shapes[0]
     for sizes, room in ((slots, T), (scored, S)):
         if sizes.max() > room:
             largest = int(sizes.argmax())
             store = stores[0] if largest < len(stores[0]) else stores[1]
             raise too_long(store[largest - (store is not stores[0]) * len(stores[0])], T, S)
-    return RowShape(recipe.data.rows_per_device * batch_ways(mesh), T, S)
+    return shapes
+
+
+def slots_per_device(platform: str) -> int:
+    """As many as keep the matrix units of an accelerator busy, and as few as a CPU's caches want."""
+    return 2048 if platform == "cpu" else 8192
 
 
 def _total_steps(recipe: Recipe, train: TokenStore) -> int:

@@ -42,7 +42,8 @@ class Compiled(NamedTuple):
         return Compiled(self.programs - earlier.programs, self.seconds - earlier.seconds)
 
     def __str__(self):
-        return f"{self.programs} programs in {self.seconds:.1f} s"
+        plural = "" if self.programs == 1 else "s"
+        return f"{self.programs} program{plural} in {self.seconds:.1f} s"
 
 
 @functools.cache
@@ -140,7 +141,7 @@ class Log:
                 f"stops; start again with a lower learning_rate and a new output_dir"
             )
         self._updates += 1
-        self._flops += flops.forward + flops.backward * metrics.get("active_fraction", 1.0)
+        self._flops += flops.forward + flops.backward * metrics.get("active_token_fraction", 1.0)
         if step % self._every and step != self._total and "eval_loss" not in metrics:
             return
         line = {
@@ -208,10 +209,10 @@ def describe(setup: Setup) -> str:
     options = [f"{name} {getattr(data, name)}" for name in TOKEN_OPTIONS if getattr(data, name) != getattr(usual, name)]
     if options:
         lines.append(f"tokens: {', '.join(options)}")
-    R, T, S = setup.shape
+    shapes = " or ".join(f"{R} x {T} slots ({S} scored)" for R, T, S, _ in setup.shapes)
     mesh = " x ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
     lines.append(
-        f"{setup.total_steps} updates of {recipe.optim.train_batch_size} pairs, {R} rows of {T} slots ({S} scored) at a time, on {mesh}"
+        f"{setup.total_steps} updates of {recipe.optim.train_batch_size} pairs, in rows of {shapes} at a time, on {mesh}"
     )
     return "\n".join(lines)
 

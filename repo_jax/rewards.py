@@ -35,7 +35,7 @@ def sequence_scores(model: Decoder, variables: dict, tokens_BT, lengths_B):
 def pair_rewards(setup: Setup, variables: dict, pairs: Sequence[PairTokens]) -> np.ndarray:
     """rewards_P2: the one score of both answers of every pair, each after its prompt."""
     ids = [np.concatenate([pair.prompt, branch]) for pair in pairs for branch in pair.branches]
-    T, B = round_up(max(map(len, ids)), 128), setup.shape.R
+    T, B = round_up(max(map(len, ids)), 128), setup.shapes[0].R
     score = jax.jit(functools.partial(sequence_scores, setup.model), out_shardings=NamedSharding(setup.mesh, P()))
     spread, rewards = NamedSharding(setup.mesh, BATCH), []
     for start in tqdm(range(0, len(ids), B), desc="scoring", unit=f" x {B} answers", disable=None, leave=False):

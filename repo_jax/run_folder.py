@@ -16,11 +16,12 @@ from repo_jax.preparation import Setup
 
 # What may change when a run goes on: where and how it computes, not what.
 FREE = {
-    "data": {"row_length", "scored_length", "rows_per_device", "cache_dir", "on_bad_rows"},
-    "optim": {"mode"},
-    "model": {"remat"},
+    "data": {"row_length", "scored_length", "rows_per_device", "slots_per_device", "cache_dir", "on_bad_rows"},
+    "optim": {"mode", "two_pass_below"},
+    "model": {"remat", "attn_implementation"},
     "mesh": {"data", "fsdp", "tensor"},
     "run": {"output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit"}
+    | {"profile_steps", "compile_cache_dir"}
     | {"push_to_hub", "hub_model_id", "hub_revision", "hub_private_repo"},
 }
 

@@ -15,6 +15,7 @@ class TrainState(NamedTuple):
     step: jax.Array  # updates done, int32
     params: dict  # what is trained: the model's parameters, or adapters alone
     opt_state: optax.OptState
+    active_2: jax.Array  # the running share of scored tokens that had a gradient: one update ago, and now
 
 
 def variables_of(params: dict, frozen: dict | None) -> dict:
@@ -24,7 +25,8 @@ def variables_of(params: dict, frozen: dict | None) -> dict:
 
 def state_shapes(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
     """The state for parameters of these shapes as ShapeDtypeStructs; nothing is allocated."""
-    return TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(optimizer.init, params))
+    opt_state = jax.eval_shape(optimizer.init, params)
+    return TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state, jax.ShapeDtypeStruct((2,), jnp.float32))
 
 
 def state_shardings(shapes: TrainState, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -37,10 +39,11 @@ def state_shardings(shapes: TrainState, optimizer: optax.GradientTransformation,
         *(shapes.opt_state, shapes.params, params),
         transform_non_params=lambda _: everywhere,
     )
-    return TrainState(everywhere, params, opt_state)
+    return TrainState(everywhere, params, opt_state, everywhere)
 
 
 def initial_state(params: dict, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
     """The state before update 0."""
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
-    return TrainState(jax.device_put(jnp.zeros((), jnp.int32), shardings.step), params, opt_state)
+    step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
+    return TrainState(step, params, opt_state, jax.device_put(jnp.ones(2, jnp.float32), shardings.active_2))

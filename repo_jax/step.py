@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from repo_jax.data.rows import RowBatch, RowShape, row_batches
 from repo_jax.data.schema import PairTokens
-from repo_jax.logps import pair_logps
+from repo_jax.logps import pair_logps, weighted_logps
 from repo_jax.losses import Loss, PairLogps
 from repo_jax.metrics import preference_metrics
 from repo_jax.models.decoder import Decoder
@@ -80,7 +80,7 @@ def add_weighted(grads: dict, params: dict, frozen: dict | None, batch: RowBatch
     """Backward of a log-likelihood weighted by constant slopes: the chain rule's second half."""
 
     def objective(params):
-        return jnp.sum(slopes_B2 * pair_logps(model, variables_of(params, frozen), batch).logps_B2)
+        return weighted_logps(model, variables_of(params, frozen), batch, slopes_B2)
 
     return add(grads, jax.grad(objective)(params))
 
@@ -96,19 +96,23 @@ def weigh(pairs: PairLogps, hparams: dict, *, loss: Loss) -> tuple[jax.Array, di
     return slopes_B2, preference_metrics(pairs, losses_B, slopes_B2, hparams)
 
 
-def update(state: TrainState, grads: dict, *, optimizer: optax.GradientTransformation) -> tuple[TrainState, jax.Array]:
-    """The new state and the gradient's norm before clipping."""
+def update(
+    state: TrainState, grads: dict, active, *, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, jax.Array, jax.Array]:
+    """The new state, the gradient's norm before clipping, and the running share of tokens that had a gradient."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = apply_updates(state.params, updates, step=state.step)
-    return TrainState(state.step + 1, params, opt_state), optax.tree.norm(grads)
+    running = 0.9 * state.active_2[1] + 0.1 * active
+    state = TrainState(state.step + 1, params, opt_state, jnp.stack([state.active_2[1], running]))
+    return state, optax.tree.norm(grads), running
 
 
 class Scorer:
-    """Scores pairs in rows of one shape on one mesh."""
+    """Scores pairs in rows of a few shapes on one mesh."""
 
-    def __init__(self, model: Decoder, loss: Loss, hparams: dict, mesh: Mesh, shape: RowShape):
+    def __init__(self, model: Decoder, loss: Loss, hparams: dict, mesh: Mesh, shapes: Sequence[RowShape]):
         everywhere = NamedSharding(mesh, P())
-        self.mesh, self.shape = mesh, shape
+        self.mesh, self.shapes = mesh, shapes
         self.hparams = jax.device_put({name: np.float32(value) for name, value in hparams.items()}, everywhere)
         self._score = jax.jit(functools.partial(score, model=model), donate_argnums=0, out_shardings=everywhere)
         self._weigh = jax.jit(functools.partial(weigh, loss=loss), out_shardings=everywhere)
@@ -127,11 +131,19 @@ class Scorer:
             return self._weigh(pairs, self.hparams)
 
 
+def break_even(remat: str) -> float:
+    """The active share of tokens below which scoring first is cheaper: 1 + (3 + r) p forward passes against 3 + r."""
+    again = {"none": 0.0, "dots": 0.1, "attention": 0.9}.get(remat, 1.0)  # r: forwards that backward computes again
+    return (2 + again) / (3 + again)
+
+
 class TrainStep:
     """One update on one global batch, in either of two exact forms.
 
     direct: forward and backward of every row, once. two_pass: score every row; weigh all pairs of the global batch together;
-    pack only the answers whose slope is not 0 into rows again and run forward and backward for those.
+    pack only the answers whose slope is not 0 into rows again and run forward and backward for those. Mode auto takes two passes
+    while the running share of tokens with a gradient, as of the update before last, is below `two_pass_below`: that number is
+    there without waiting for an update that runs, and it is part of the state, so that runs and hosts never disagree.
 
     `frozen` are the parameters under the adapters that are trained, None where all parameters are. `seed` decides what the
     adapters' dropout drops, which depends also on the update and on how pairs lie in rows.
@@ -146,11 +158,14 @@ class TrainStep:
         shardings: TrainState,
         *,
         mode: str,
+        two_pass_below: float | None = None,
         frozen: dict | None = None,
         seed: int = 0,
     ):
         everywhere = NamedSharding(scorer.mesh, P())
         self._scorer, self._mode, self._frozen = scorer, mode, frozen
+        self._below = break_even(model.remat) if two_pass_below is None else two_pass_below
+        self._lately = None  # active_2 as numbers of their own, which no later update uses up
         self._dropout = jax.device_put(jax.random.key(seed), everywhere) if model.lora_dropout else None
         self._fold = jax.jit(jax.random.fold_in, out_shardings=everywhere)
         self._zeros = jax.jit(
@@ -166,41 +181,72 @@ class TrainStep:
             functools.partial(add_weighted, model=model), donate_argnums=0, out_shardings=shardings.params
         )
         self._update = jax.jit(
-            functools.partial(update, optimizer=optimizer), donate_argnums=0, out_shardings=(shardings, everywhere)
+            functools.partial(update, optimizer=optimizer),
+            donate_argnums=0,
+            out_shardings=(shardings, everywhere, everywhere),
         )
 
-    def mean_grads(self, params: dict, pairs: Sequence[PairTokens], *, update=0) -> tuple[dict, dict]:
+    def rows(self, pairs: Sequence[PairTokens]) -> list[RowBatch]:
+        """The rows of a global batch; no device is touched, so that a thread can build them ahead."""
+        return row_batches(pairs, self._scorer.shapes)
+
+    def mean_grads(
+        self,
+        params: dict,
+        pairs: Sequence[PairTokens],
+        *,
+        update=0,
+        rows: list[RowBatch] | None = None,
+        form: str | None = None,
+    ) -> tuple[dict, dict]:
         """The gradient of the mean loss over the pairs, float32, and metrics: device scalars that need not be waited for.
 
-        `update` is the number of the update, from 0.
+        `update` is the number of the update, from 0; `form` is direct or two_pass, by default the mode.
         """
-        scorer, frozen = self._scorer, self._frozen
-        batches = row_batches(pairs, scorer.shape)
-        with jax.set_mesh(scorer.mesh):
-            grads = self._zeros(params)
-            if self._mode == "direct":
-                gathered = Gathered(grads, scorer.no_pairs(len(pairs)))
-                dropout = None if self._dropout is None else self._fold(self._dropout, update)
-                for i, batch in enumerate(batches):
-                    key = None if dropout is None else self._fold(dropout, i)
-                    gathered = self._add_direct(
-                        gathered, params, frozen, place(batch, scorer.mesh), scorer.hparams, key
-                    )
-                grads = gathered.grads
-                _, metrics = scorer.weigh(gathered.pairs)
-            else:
-                slopes_B2, metrics = scorer.weigh(scorer(variables_of(params, frozen), batches))
-                # The one wait of this form: which answers to push back decides which rows there are.
-                wanted_B2 = np.asarray(jax.device_get(slopes_B2)) != 0
-                for batch in row_batches(pairs, scorer.shape, wanted_B2=wanted_B2):
-                    grads = self._add_weighted(grads, params, frozen, place(batch, scorer.mesh), slopes_B2)
-        used = sum(pair.slots for pair in pairs)
-        slots = len(batches) * scorer.shape.R * scorer.shape.T
-        return grads, metrics | {"padding_fraction": 1 - used / slots}
-
-    def __call__(self, state: TrainState, pairs: Sequence[PairTokens]) -> tuple[TrainState, dict]:
-        """The state after one update, and the metrics; the state that came in is used up."""
-        grads, metrics = self.mean_grads(state.params, pairs, update=state.step)
+        form = form or ("direct" if self._mode == "auto" else self._mode)
+        rows = self.rows(pairs) if rows is None else rows
+        gradient = self._direct if form == "direct" else self._two_pass
         with jax.set_mesh(self._scorer.mesh):
-            state, grad_norm = self._update(state, grads)
+            grads, metrics = gradient(params, pairs, rows, update)
+        used, slots = sum(pair.slots for pair in pairs), sum(batch.tokens_RT.size for batch in rows)
+        return grads, metrics | {"padding_fraction": 1 - used / slots, "two_pass": float(form == "two_pass")}
+
+    def _direct(self, params: dict, pairs, rows: list[RowBatch], update) -> tuple[dict, dict]:
+        scorer = self._scorer
+        gathered = Gathered(self._zeros(params), scorer.no_pairs(len(pairs)))
+        dropout = None if self._dropout is None else self._fold(self._dropout, update)
+        for i, batch in enumerate(rows):
+            key = None if dropout is None else self._fold(dropout, i)
+            batch = place(batch, scorer.mesh)
+            gathered = self._add_direct(gathered, params, self._frozen, batch, scorer.hparams, key)
+        return gathered.grads, scorer.weigh(gathered.pairs)[1]
+
+    def _two_pass(self, params: dict, pairs, rows: list[RowBatch], update) -> tuple[dict, dict]:
+        scorer = self._scorer
+        slopes_B2, metrics = scorer.weigh(scorer(variables_of(params, self._frozen), rows))
+        # The one wait of this form: which answers to push back decides which rows there are.
+        wanted_B2 = np.asarray(jax.device_get(slopes_B2)) != 0
+        grads = self._zeros(params)
+        for batch in row_batches(pairs, scorer.shapes, wanted_B2=wanted_B2):
+            grads = self._add_weighted(grads, params, self._frozen, place(batch, scorer.mesh), slopes_B2)
+        return grads, metrics
+
+    def form(self, state: TrainState) -> str:
+        """direct or two_pass: what the next update from this state takes."""
+        if self._mode != "auto":
+            return self._mode
+        if self._lately is None:  # the first update of a process: nothing runs yet
+            self._lately = list(np.asarray(jax.device_get(state.active_2)))
+        return "two_pass" if float(self._lately[0]) < self._below else "direct"
+
+    def __call__(
+        self, state: TrainState, pairs: Sequence[PairTokens], rows: list[RowBatch] | None = None
+    ) -> tuple[TrainState, dict]:
+        """The state after one update, and the metrics; the state that came in is used up."""
+        form = self.form(state)
+        grads, metrics = self.mean_grads(state.params, pairs, update=state.step, rows=rows, form=form)
+        with jax.set_mesh(self._scorer.mesh):
+            state, grad_norm, running = self._update(state, grads, metrics["active_token_fraction"])
+        if self._lately is not None:
+            self._lately = [self._lately[1], running]
         return state, metrics | {"grad_norm": grad_norm}

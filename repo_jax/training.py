@@ -1,6 +1,9 @@
 """The story of a run, top to bottom: prepare, score, train, score again, export, report."""
 
+import concurrent.futures
 import pathlib
+from collections import deque
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -8,13 +11,15 @@ import numpy as np
 from repo_jax.checkpoint import Checkpoints
 from repo_jax.config import Recipe
 from repo_jax.data.batches import batch_indices
+from repo_jax.data.rows import RowBatch
+from repo_jax.data.schema import PairTokens
 from repo_jax.evaluation import evaluate_pairs
 from repo_jax.export import card_of, export_adapter, export_merged, export_model, push_export
 from repo_jax.memory import explained, held_in_training, what_helps
 from repo_jax.models.lora import init_adapters
 from repo_jax.optimizer import make_optimizer
-from repo_jax.preparation import Setup, set_up
-from repo_jax.progress import Log, describe, say
+from repo_jax.preparation import Setup, keep_programs, set_up
+from repo_jax.progress import Compiled, Log, compiled, describe, say
 from repo_jax.report import summary_text, write_report
 from repo_jax.run_folder import claim, read_metrics, read_results, save_evaluation
 from repo_jax.state import TrainState, initial_state, state_shapes, state_shardings, variables_of
@@ -39,23 +44,25 @@ def prepare(recipe: Recipe) -> Setup:
 
 def run(setup: Setup) -> pathlib.Path:
     """The run itself, from its newest checkpoint if there is one, to its end."""
-    recipe, folder = setup.recipe, pathlib.Path(setup.recipe.run.output_dir)
+    recipe, began = setup.recipe, compiled()
+    keep_programs(recipe.run.compile_cache_dir)
     say(describe(setup))
     optimizer = make_optimizer(recipe.optim, setup.total_steps)
     shapes = state_shapes(setup.trained_shapes, optimizer)
     shardings = state_shardings(shapes, optimizer, setup.mesh)
     held = held_in_training(shapes, shardings, setup.frozen_shapes)
     with explained(setup.mesh, held, lambda: what_helps(recipe, setup.mesh, held)):
-        return _run(setup, optimizer, shapes, shardings, folder)
+        return _run(setup, optimizer, shapes, shardings, began)
 
 
-def _run(setup: Setup, optimizer, shapes: TrainState, shardings: TrainState, folder: pathlib.Path) -> pathlib.Path:
-    recipe = setup.recipe
+def _run(setup: Setup, optimizer, shapes: TrainState, shardings: TrainState, began: Compiled) -> pathlib.Path:
+    recipe, folder = setup.recipe, pathlib.Path(setup.recipe.run.output_dir)
     frozen = setup.pretrained.params(setup.mesh, recipe.model.param_dtype) if recipe.model.use_peft else None
-    scorer = Scorer(setup.model, setup.loss, setup.hparams, setup.mesh, setup.shape)
+    scorer = Scorer(setup.model, setup.loss, setup.hparams, setup.mesh, setup.shapes)
     step = TrainStep(
         *(scorer, setup.model, setup.loss, optimizer, shardings),
         mode=recipe.optim.mode,
+        two_pass_below=recipe.optim.two_pass_below,
         frozen=frozen,
         seed=recipe.run.seed,
     )
@@ -75,12 +82,31 @@ def _run(setup: Setup, optimizer, shapes: TrainState, shardings: TrainState, fol
             if setup.held_out is not None:
                 variables = variables_of(state.params, frozen)
                 save_evaluation(folder, "before", evaluate_pairs(scorer, variables, setup.held_out))
-        log = Log(setup, folder / "metrics.jsonl", start)
+        log = Log(setup, folder / "metrics.jsonl", start, began=began)
         params = run_updates(setup, state, step, scorer, checkpoints, log, start, frozen).params
     if setup.held_out is not None:
         save_evaluation(folder, "after", evaluate_pairs(scorer, variables_of(params, frozen), setup.held_out))
     finish(setup, params, frozen, folder)
     return folder
+
+
+def batches_ahead(setup: Setup, step: TrainStep, start: int) -> Iterator[tuple[int, list[PairTokens], list[RowBatch]]]:
+    """The number, pairs and rows of updates start .. total_steps - 1; a thread reads and packs the next while one runs."""
+    size, seed = setup.recipe.optim.train_batch_size, setup.recipe.run.seed
+
+    def build(k: int):
+        pairs = [setup.train[i] for i in batch_indices(k, pairs=len(setup.train), train_batch_size=size, seed=seed)]
+        return k, pairs, step.rows(pairs)
+
+    with concurrent.futures.ThreadPoolExecutor(1, "rows") as thread:
+        coming = deque(thread.submit(build, k) for k in range(start, min(start + 2, setup.total_steps)))
+        for k in range(start + 2, setup.total_steps + 2):
+            if not coming:
+                return
+            done = coming.popleft().result()
+            if k < setup.total_steps:
+                coming.append(thread.submit(build, k))
+            yield done
 
 
 def run_updates(
@@ -94,14 +120,20 @@ def run_updates(
     frozen: dict | None,
 ) -> TrainState:
     """Updates start .. total_steps - 1, with the evaluations and checkpoints that fall due."""
-    run, total, size = setup.recipe.run, setup.total_steps, setup.recipe.optim.train_batch_size
+    run, total, folder = setup.recipe.run, setup.total_steps, pathlib.Path(setup.recipe.run.output_dir)
+    first_traced, last_traced = run.traced
     if start < total:
-        say("the first update compiles")
-    for k in range(start, total):
-        indices = batch_indices(k, pairs=len(setup.train), train_batch_size=size, seed=run.seed)
-        pairs = [setup.train[i] for i in indices]
+        say("compiling: the first update takes longer")
+    for k, pairs, rows in batches_ahead(setup, step, start):
         log.before_update()
-        state, metrics = step(state, pairs)
+        if k + 1 == first_traced:
+            jax.block_until_ready(state)  # what still runs is not of this update
+            jax.profiler.start_trace(folder / "profile")
+        state, metrics = step(state, pairs, rows)
+        if k + 1 == last_traced:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+            say(f"updates {run.profile_steps} are traced in {folder / 'profile'}; xprof shows them")
         log.update(k + 1, metrics, pairs)
         if setup.held_out is not None and run.eval_steps and (k + 1) % run.eval_steps == 0:
             variables = variables_of(state.params, frozen)

@@ -105,6 +105,44 @@ def test_a_model_of_the_command_line_has_no_revision_of_the_recipes(tmp_path):
     assert revision("--model", "other", "--model_revision", "def") == "def"
 
 
+@pytest.fixture
+def benched(monkeypatch):
+    """What bench was asked for, in place of its work."""
+    asked = {}
+
+    def prepare(recipe, **options):
+        asked.update(options, recipe=recipe)
+
+    def bench(setup, **options):
+        asked.update(options)
+        return {"pairs_per_second": 2.5}
+
+    monkeypatch.setattr("repo_jax.benchmark.prepare", prepare)
+    monkeypatch.setattr("repo_jax.benchmark.bench", bench)
+    return asked
+
+
+@pytest.mark.parametrize("config", [[], ["--config"]])
+def test_bench_takes_its_recipe_with_and_without_a_flag(recipe, benched, capsys, config):
+    assert cli.main(["bench", *config, str(recipe), "--json", "--learning_rate", "1e-6", "--mesh.data", "8"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"pairs_per_second": 2.5}
+    wanted = load_recipe(recipe, {"optim.learning_rate": 1e-6, "mesh.data": 8})
+    assert benched == {"recipe": wanted, "weights": "read", "steps": 10, "warmup": 2}
+
+
+def test_bench_is_told_how_much_to_measure(recipe, benched):
+    assert cli.main(["bench", str(recipe), "--json", "--steps", "3", "--warmup", "1", "--random_weights"]) == 0
+    assert (benched["steps"], benched["warmup"], benched["weights"]) == (3, 1, "random")
+
+
+def test_bench_wants_one_recipe_and_some_updates(recipe, refusal):
+    wanted = "bench takes one recipe, as in: repo-jax bench RECIPE"
+    assert refusal("bench") == refusal("bench", recipe, "--config", recipe) == wanted
+    said = refusal("bench", recipe, "--steps", "0")
+    assert said.startswith("argument --steps: '0' is no number of updates; give 1 or more (")
+    assert refusal("bench", recipe, "--model_name_or_path", "nowhere").startswith("'nowhere' is not a folder")
+
+
 def test_an_output_that_is_a_folder_is_answered_before_any_work(recipe, refusal, tmp_path):
     assert refusal("evaluate", recipe, "--output", str(tmp_path)) == f"--output '{tmp_path}' is a folder; name a file"
 
@@ -123,11 +161,11 @@ def help_of(capsys, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "inspect", "prepare"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "inspect", "prepare", "bench"])
 def test_help_lists_every_leaf_with_its_default(help_of, command):
     text = help_of(command)
     for name, (section, field) in leaf_fields().items():
-        short = "" if command != "train" and name == "data" else rf"--{name}( X)?, "
+        short = "" if command not in ("train", "bench") and name == "data" else rf"--{name}( X)?, "
         default = "none, it must be set" if field.default.is_required() else json.dumps(field.default.default)
         words = re.escape(f"{field.default.description} (default: {default})")
         assert re.search(rf"{short}--{section}\.{name} X {words}", text)

@@ -9,15 +9,16 @@ from examples import ROOT
 
 # Within a layer a file may import those named before it.
 LAYERS = [
-    ["losses", "sharding", "models.config", "models.hub", "models.tensors", "data.sources", "data.schema", "data.special",
+    ["losses", "sharding", "hardware", "models.config", "models.hub", "models.tensors", "data.sources", "data.schema", "data.special",
      "data.template", "data.official", "data.weights", "data.chat", "data.store"],
-    ["config", "card", "models.attention", "models.hf", "data.rows", "data.batches"],
-    ["models.decoder", "models.lora", "models.pretrained", "optimizer", "stores"],
+    ["config", "card", "models.attention", "models.blocked", "models.views", "models.splash", "models.flash", "models.hf",
+     "data.rows", "data.batches"],
+    ["models.decoder", "models.lora", "models.pretrained", "optimizer", "stores", "flops"],
     ["logps", "state", "metrics"],
     ["step", "checkpoint", "preparation", "memory", "generation", "rewards"],
     ["evaluation", "inspection", "export", "report"],
     ["run_folder", "progress"],
-    ["training", "answers"],
+    ["training", "answers", "benchmark"],
     ["cli"],
     ["__main__", "__init__"],
 ]  # fmt: skip

@@ -59,7 +59,7 @@ def main() -> None:
             max_completion_length=completion,
             max_training_steps=inputs.total,
             num_train_epochs=1,
-            total_batch_size=inputs.pairs_per_update,
+            total_batch_size=inputs.micro,  # times gradient_accumulation_steps
             gradient_accumulation_steps=inputs.accumulation,
             shuffle_train_dataset=False,
             learning_rate=1e-6,
@@ -80,6 +80,7 @@ def main() -> None:
         inputs,
         clock.seconds,
         packages=("easydel", "jax", "flax"),
+        loss="SimPO",
         tokens=sum(
             2 * len(r["prompt_input_ids"]) + len(r["chosen_input_ids"]) + len(r["rejected_input_ids"]) for r in timed
         ),

@@ -92,6 +92,7 @@ def main() -> None:
         inputs,
         clock.clock.seconds,
         packages=("trl", "transformers", "torch"),
+        loss="SimPO",
         tokens=sum(inputs.timed(lengths)),
         losses=[line["loss"] for line in trainer.state.log_history if "loss" in line],
         gradient_checkpointing=options.gradient_checkpointing,

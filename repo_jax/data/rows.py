@@ -15,13 +15,13 @@ import numpy as np
 
 from repo_jax.data.schema import PairTokens
 
-SPARE = 1.15  # room for scored tokens and for views beyond their share of a full row, so that slots decide how pairs are packed
+# Room for scored tokens and views beyond their share of a full row, so that slots decide how pairs are packed. Less room for scored tokens
+# would save the head some work but take more rows; room in a view costs only attention.
+SPARE_SCORED, SPARE_VIEW = 1.08, 1.15
 SHAPES = 5  # of a run at most; each that is used is compiled
 GAIN = 0.02  # the share of the slots that one more shape must save
 NEAR = 0.01  # row shapes whose cost differs by less count as equal
-ATTENTION = (
-    32_768  # the row length at which attention takes as long as the rest of a decoder of some billion parameters
-)
+ATTENTION = 32_768  # the row length at which attention costs as much as the rest of a decoder of billions
 PARTS = (1.0, 0.5, 0.25)  # of an update's pairs: second passes have only some answers left
 
 
@@ -38,7 +38,6 @@ class RowBatch(NamedTuple):
     filled_B: np.ndarray  # True for the pairs that are in these rows
     weights_RS: np.ndarray | None = None  # what each scored token counts for in its answer's sum; None: 1
     views_R2Y: np.ndarray | None = None  # the slots of one side's answers and their prompts, in order; T where unused
-    places_RT: np.ndarray | None = None  # where a slot stands in the two views laid end to end; 0 for padding
 
 
 class RowShape(NamedTuple):
@@ -238,7 +237,6 @@ def _fill(pairs, rows: list[list[int]], shape: RowShape, B: int, wanted_B2: np.n
         filled_B=np.zeros(B, bool),
         weights_RS=np.zeros((R, S), np.float32) if any(pair.weights is not None for pair in pairs) else None,
         views_R2Y=np.full((R, 2, Y), T, np.int32) if Y else None,
-        places_RT=np.zeros((R, T), np.int32) if Y else None,
     )
     for row, numbers in enumerate(rows):
         slot, scored, segment, seen = 0, 0, 0, [0, 0]
@@ -257,8 +255,8 @@ def _fill(pairs, rows: list[list[int]], shape: RowShape, B: int, wanted_B2: np.n
                 slot += len(ids)
 
             put(pair.prompt, 0, prompt_segment)
-            segment, sides = prompt_segment, np.flatnonzero(wanted_B2[number])
-            for side in sides:
+            segment = prompt_segment
+            for side in np.flatnonzero(wanted_B2[number]):
                 ids, mask = pair.branches[side], pair.masks[side]
                 segment += 1
                 answer = np.arange(slot, slot + len(ids))
@@ -275,11 +273,7 @@ def _fill(pairs, rows: list[list[int]], shape: RowShape, B: int, wanted_B2: np.n
                 scored += len(targets)
                 if Y:
                     entries = np.concatenate([prompt, answer])
-                    places = np.arange(seen[side], seen[side] + len(entries))
-                    batch.views_R2Y[row, side, places] = entries
-                    # A prompt is the same in both views; its first one answers for it.
-                    own = slice(None) if side == sides[0] else slice(len(prompt), None)
-                    batch.places_RT[row, entries[own]] = side * Y + places[own]
+                    batch.views_R2Y[row, side, seen[side] : seen[side] + len(entries)] = entries
                     seen[side] += len(entries)
     return batch
 
@@ -293,8 +287,8 @@ def suggest_row_length(slots: np.ndarray) -> int:
 
 
 def suggest_scored_length(slots: np.ndarray, scored: np.ndarray, row_length: int) -> int:
-    """Room for the scored share of a full row, with 15 % to spare so that S seldom decides how pairs are packed."""
-    return _share(slots, scored, row_length, 64)
+    """Room for the scored share of a full row, with 8 % to spare so that S seldom decides how pairs are packed."""
+    return _share(slots, scored, row_length, SPARE_SCORED, 64)
 
 
 def suggest_shapes(
@@ -324,16 +318,15 @@ def suggest_shapes(
         fit = table.of(slots <= max(T, slots.min()))
         S = suggest_scored_length(fit.slots_B, fit.scored_B, T)
         if scored_length:
-            S = scored_length if longest <= T else min(S, scored_length)  # noqa: SIM300
-        Y = max(_share(fit.slots_B, view_B, T, 128) for view_B in fit.views_B2.T) if view_length else 0
+            S = scored_length if longest <= T else min(S, scored_length)
+        Y = max(_share(fit.slots_B, view_B, T, SPARE_VIEW, 128) for view_B in fit.views_B2.T) if view_length else 0
         return RowShape(R, T, S, Y)
 
     if not table.fit(RowShape(1, longest, scored_length or longest)):
         return (shape(ways * (rows_per_device or 1), longest),)
     most = row_length or max(longest, min(2 * longest, budget // (rows_per_device or 1)))
-    step = round_up(
-        max(1, most - shortest) / 48, 128
-    )  # some 50 lengths are tried, however far the pairs' lengths differ
+    # Some 50 lengths are tried, however far those of the pairs lie apart.
+    step = round_up(max(1, most - shortest) / 48, 128)
     largest = [row_length] if row_length else range(longest, most + 1, step)
     trials = _trials(table, B)
     costs = {}  # (R, T) -> slots taken for each real one, in each trial
@@ -354,9 +347,9 @@ def suggest_shapes(
     return tuple(shape(R, T) for R, T in few)
 
 
-def _share(slots: np.ndarray, part: np.ndarray, T: int, multiple: int) -> int:
+def _share(slots: np.ndarray, part: np.ndarray, T: int, spare: float, multiple: int) -> int:
     """Room in a row of T slots for what takes `part` of these slots."""
-    return min(T, round_up(max(part.max(), SPARE * part.sum() / slots.sum() * T), multiple))
+    return min(T, round_up(max(part.max(), spare * part.sum() / slots.sum() * T), multiple))
 
 
 class _Trials(NamedTuple):

@@ -14,6 +14,7 @@ import numpy as np
 
 from repo_jax.models.config import Rope
 
+RESIDUALS = "attention"  # the name under which kernels keep what their backward needs, for remat policies
 MASKED = -1e30  # finite, so that a padding slot, which sees nothing, yields numbers instead of NaN
 
 
@@ -24,7 +25,6 @@ class Places(NamedTuple):
     segments_BT: Any
     prompts_BT: Any
     views_B2Y: Any = None  # the slots of prompts + chosen answers, and of prompts + rejected ones
-    places_BT: Any = None  # where a slot's output stands in the two views laid end to end
 
 
 class Kernel(NamedTuple):

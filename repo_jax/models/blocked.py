@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from repo_jax.models.attention import MASKED, Kernel, Places, soften
+from repo_jax.models.attention import MASKED, RESIDUALS, Kernel, Places, soften
 
 BLOCK = 128  # slots; 128 x 128 logits and the rows of q, k and v that make them stay in a core's own cache
 
@@ -49,19 +50,12 @@ def _sight(places: Places, window: int | None) -> Sight:
 
 def _attend(q_BTNH, k_BSKH, v_BSKH, sight: Sight, *, window: int | None, scale: float, cap: float | None):
     B, T, N, H = q_BTNH.shape
-    shared = N // k_BSKH.shape[2]  # query heads per key/value head
 
     def heads_first(x_BTNH):
         x_XNH = x_BTNH.reshape(B * T, -1, H)
         return jnp.pad(jnp.moveaxis(x_XNH, 1, 0), ((0, 0), (0, -B * T % BLOCK), (0, 0)))
 
-    keys, values = heads_first(k_BSKH), heads_first(v_BSKH)
-
-    def one_head(inputs):
-        q_XH, n = inputs
-        return _one_head(window, cap, q_XH, keys[n // shared], values[n // shared], sight)
-
-    out_NXH = jax.lax.map(one_head, (heads_first(q_BTNH * scale), jnp.arange(N)))
+    out_NXH = _heads(window, cap, *(heads_first(x) for x in (q_BTNH * scale, k_BSKH, v_BSKH)), sight)
     return jnp.moveaxis(out_NXH[:, : B * T], 0, 1).reshape(B, T, N, H)
 
 
@@ -91,11 +85,40 @@ def _logits(window: int | None, cap: float | None, q_QH, k_SH, sight: Sight, i, 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _one_head(window, cap, q_XH, k_XH, v_XH, sight):
-    return _one_head_fwd(window, cap, q_XH, k_XH, v_XH, sight)[0]
+def _heads(window, cap, q_NXH, k_KXH, v_KXH, sight):
+    return _heads_fwd(window, cap, q_NXH, k_KXH, v_KXH, sight)[0]
 
 
-def _one_head_fwd(window, cap, q_XH, k_XH, v_XH, sight: Sight):
+def _heads_fwd(window, cap, q_NXH, k_KXH, v_KXH, sight):
+    shared = len(q_NXH) // len(k_KXH)  # query heads per key/value head
+
+    def one(inputs):
+        q_XH, n = inputs
+        return _one_head(window, cap, q_XH, k_KXH[n // shared], v_KXH[n // shared], sight)
+
+    out_NXH, lse_NX = jax.lax.map(one, (q_NXH, jnp.arange(len(q_NXH))))
+    out_NXH, lse_NX = checkpoint_name(out_NXH, RESIDUALS), checkpoint_name(lse_NX, RESIDUALS)
+    return out_NXH, (q_NXH, k_KXH, v_KXH, sight, out_NXH, lse_NX)
+
+
+def _heads_bwd(window, cap, residuals, g_NXH):
+    q_NXH, k_KXH, v_KXH, sight, out_NXH, lse_NX = residuals
+    K, shared = len(k_KXH), len(q_NXH) // len(k_KXH)
+
+    def one(inputs):
+        n, *of_head = inputs
+        return _one_head_bwd(window, cap, k_KXH[n // shared], v_KXH[n // shared], sight, *of_head)
+
+    grads = jax.lax.map(one, (jnp.arange(len(q_NXH)), q_NXH, out_NXH, lse_NX, g_NXH))
+    dq_NXH, dk_NXH, dv_NXH = (grad.astype(q_NXH.dtype) for grad in grads)
+    dk_KXH, dv_KXH = (x_NXH.reshape(K, shared, *x_NXH.shape[1:]).sum(axis=1) for x_NXH in (dk_NXH, dv_NXH))
+    return dq_NXH, dk_KXH, dv_KXH, None
+
+
+_heads.defvjp(_heads_fwd, _heads_bwd)
+
+
+def _one_head(window, cap, q_XH, k_XH, v_XH, sight: Sight):
     """Softmax over blocks of keys as they come, with a running maximum (arXiv:2205.14135)."""
 
     def queries(i, done):
@@ -116,12 +139,10 @@ def _one_head_fwd(window, cap, q_XH, k_XH, v_XH, sight: Sight):
         return _put(out_XH, (out_QH / sum_Q[:, None]).astype(out_XH.dtype), i), _put(lse_X, top_Q + jnp.log(sum_Q), i)
 
     empty = jnp.zeros(q_XH.shape, v_XH.dtype), jnp.zeros(len(q_XH))
-    out_XH, lse_X = jax.lax.fori_loop(0, len(sight.first_I), queries, empty)
-    return out_XH, (q_XH, k_XH, v_XH, sight, out_XH, lse_X)
+    return jax.lax.fori_loop(0, len(sight.first_I), queries, empty)
 
 
-def _one_head_bwd(window, cap, residuals, g_XH):
-    q_XH, k_XH, v_XH, sight, out_XH, lse_X = residuals
+def _one_head_bwd(window, cap, k_XH, v_XH, sight: Sight, q_XH, out_XH, lse_X, g_XH):
     dtype = q_XH.dtype
     drift_X = jnp.sum(out_XH.astype(jnp.float32) * g_XH, axis=1)
 
@@ -145,8 +166,4 @@ def _one_head_bwd(window, cap, residuals, g_XH):
         return dq_XH, _put(dk_XH, dk_SH, j), _put(dv_XH, dv_SH, j)
 
     zeros_XH = jnp.zeros(q_XH.shape)
-    grads = jax.lax.fori_loop(0, len(sight.first_I), keys, (zeros_XH, zeros_XH, zeros_XH))
-    return *(grad.astype(dtype) for grad in grads), None
-
-
-_one_head.defvjp(_one_head_fwd, _one_head_bwd)
+    return jax.lax.fori_loop(0, len(sight.first_I), keys, (zeros_XH, zeros_XH, zeros_XH))

@@ -10,11 +10,23 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from repo_jax.models.attention import DENSE, Places, attend, rotate, rotations, soften, visible_cached
+from repo_jax.models.attention import (
+    DENSE,
+    RESIDUALS,
+    Places,
+    attend,
+    rotate,
+    rotations,
+    soften,
+    visible_cached,
+)
 from repo_jax.models.blocked import BLOCKED
 from repo_jax.models.config import DecoderConfig
+from repo_jax.models.flash import FLASH
+from repo_jax.models.splash import SPLASH
 from repo_jax.sharding import BATCH, constrain
 
 INIT = nn.initializers.normal(0.02)
@@ -28,13 +40,27 @@ ATTENTION = {
     # name      kernel      for
     "dense":    DENSE,      # anywhere: the plain form
     "blocked":  BLOCKED,    # one CPU device
+    "splash":   SPLASH,     # TPU; needs the views of rows
+    "flash":    FLASH,      # GPU; needs the views of rows
 }  # fmt: skip
+IN_VIEWS = ("splash", "flash")
+
+INPUT = "layer_input"
 
 # What the backward pass finds stored; the rest it computes again.
 REMAT = {
     "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # the results of weight matmuls
+    "attention": jax.checkpoint_policies.save_only_these_names(
+        RESIDUALS
+    ),  # each layer's input and its attention's output
     "full": jax.checkpoint_policies.nothing_saveable,  # each layer's input alone
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # each layer's input, in the host's memory
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -84,6 +110,29 @@ def _look_up_bwd(residuals, g_BTD):
 look_up.defvjp(_look_up_fwd, _look_up_bwd)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def multiply(axes: tuple[str, str], x, weight):
+    """x times a weight over the inputs among its axes (inputs, outputs)."""
+    inputs, outputs = axes
+    return jnp.einsum(f"BT{inputs},{inputs}{outputs}->BT{outputs}", x, weight)
+
+
+def _multiply_fwd(axes, x, weight):
+    return multiply(axes, x, weight), (x, weight)
+
+
+def _multiply_bwd(axes, residuals, g):
+    # Autodiff's own weight gradient has g on the left; XLA then writes a transposed copy of it, the larger of the two, which
+    # cost a CPU 40 % of the dense layers' time (benchmarks/README.md).
+    inputs, outputs = axes
+    x, weight = residuals
+    dx = jnp.einsum(f"BT{outputs},{inputs}{outputs}->BT{inputs}", g, weight)
+    return dx, jnp.einsum(f"BT{inputs},BT{outputs}->{inputs}{outputs}", x, g)
+
+
+multiply.defvjp(_multiply_fwd, _multiply_bwd)
+
+
 class Block(nn.Module):
     """What the parts of a layer share: parameters whose names end in their axes, each a field of the configuration."""
 
@@ -98,7 +147,7 @@ class Block(nn.Module):
         """x times the weight of that name over the axes they share, plus its low-rank delta if it has one (arXiv:2106.09685)."""
         axes = name.rsplit("_", 1)[-1]
         inputs, outputs = axes[: x.ndim - 2], axes[x.ndim - 2 :]
-        out = jnp.einsum(f"BT{inputs},{inputs}{outputs}->BT{outputs}", x, self.weight(name).astype(x.dtype))
+        out = multiply((inputs, outputs), x, self.weight(name).astype(x.dtype))
         if not self.has_variable("lora", name):
             return out
         delta = self.get_variable("lora", name)
@@ -143,10 +192,7 @@ class Attention(Block):
                 for old, new in zip(stored, (k_BSKH, v_BSKH), strict=True)
             )
         scale = c.H**-0.5 if c.query_scale is None else c.query_scale
-        if cached is None:
-            kernel = functools.partial(ATTENTION[self.kernel].attend, window=window)
-        else:
-            kernel = attend
+        kernel = attend if cached is not None else functools.partial(ATTENTION[self.kernel].attend, window=window)
         out_BTNH = kernel(q_BTNH, k_BSKH, v_BSKH, context.sight, scale=scale, cap=c.attn_softcap)
         out_BTD = self.project(out_BTNH, "o_NHD")
         if c.o_bias:
@@ -193,6 +239,7 @@ class Decoder(nn.Module):
     attention: str = "dense"  # a key of ATTENTION
     lora_scale: float = 1.0  # alpha / r
     lora_dropout: float = 0.0
+    head_chunks: tuple[int, int] = (1024, 1024)  # logps.Softmax has them
 
     @nn.compact
     def __call__(
@@ -202,7 +249,6 @@ class Decoder(nn.Module):
         segments_BT=None,
         prompts_BT=None,
         views_B2Y=None,
-        places_BT=None,
         *,
         cache: Cache | None = None,
     ):
@@ -218,7 +264,7 @@ class Decoder(nn.Module):
         if c.scale_embeddings:
             x_BTD = x_BTD * jnp.asarray(c.D**0.5, self.dtype)
         if cache is None:
-            places = Places(positions_BT, segments_BT, prompts_BT, views_B2Y, places_BT)
+            places = Places(positions_BT, segments_BT, prompts_BT, views_B2Y)
             see = functools.partial(ATTENTION[self.attention].sight, places)
         else:
             seen_BS = jax.lax.dynamic_update_slice(cache.positions_BS, positions_BT, (0, cache.length))
@@ -260,7 +306,10 @@ class Decoder(nn.Module):
         def one(inputs, x_BTD, context, j):
             variables, cached, key = inputs if len(windows) == 1 else jax.tree.map(lambda leaf: leaf[j], inputs)
             cached = None if cached is None else (*cached, filled)
-            return layer.apply(variables, x_BTD, context, cached, windows[j], rngs=None if key is None else {"dropout": key})
+            x_BTD = checkpoint_name(x_BTD, INPUT)
+            return layer.apply(
+                variables, x_BTD, context, cached, windows[j], rngs=None if key is None else {"dropout": key}
+            )
 
         def period(x_BTD, inputs):
             kept = []

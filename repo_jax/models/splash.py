@@ -4,27 +4,21 @@ Axis letters: B packed rows, T token slots, S slots as keys, Y entries of a view
 heads, H head size.
 """
 
-import math
-
 import jax
-from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-from repo_jax.models.attention import Kernel, Places
-from repo_jax.models.views import Views, attend_in_views, views_of
+from repo_jax.models.attention import RESIDUALS, Kernel, Places
+from repo_jax.models.views import Views, attend_in_views, block_size, views_of
 
-BLOCKS = (1024, 896, 768, 640, 512)  # entries that the kernel takes at a time; its tiles are 128 wide
-RESIDUALS = "attention"  # what checkpoint policies call the output and the softmax's normaliser
+BLOCKS = (768, 640, 512)  # entries that the kernel takes at a time
 
 
-def block_size(Y: int) -> int:
-    """The block that fills up Y least; short views are one block."""
-    if Y <= BLOCKS[0]:
-        return 128 * math.ceil(Y / 128)
-    return min(BLOCKS, key=lambda block: math.ceil(Y / block) * block)
+def fitting(block: int, H: int, itemsize: int) -> int:
+    """The block, or half of it where heads are so wide that the backward kernels would not fit a v5e's vector memory."""
+    return block // 2 if block % 256 == 0 and block * H * itemsize > 2**20 * 5 // 8 else block
 
 
 def sight(places: Places, window: int | None) -> Views:
-    return views_of(places, block_size(1 if places.views_B2Y is None else places.views_B2Y.shape[2]))
+    return views_of(places, BLOCKS)
 
 
 def attend(
@@ -39,12 +33,14 @@ def attend(
     interpret: bool = False,
 ):
     """out_BTNH; interpret runs the kernel as plain jax, on any device."""
+    # Imported here: it takes a second, and only TPUs have a use for it.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     def kernel(q_VNYH, k_VKYH, v_VKYH, segments_VY):
-        N, Y = q_VNYH.shape[1:3]
+        _, N, Y, H = q_VNYH.shape
         # A window counts positions, and in a segment of a view these are consecutive.
         causal = splash.LocalMask((Y, Y), (None if window is None else window - 1, 0), 0)
-        block = block_size(Y)
+        block = fitting(block_size(Y, BLOCKS), H, q_VNYH.dtype.itemsize)
         mha = splash.make_splash_mha(
             splash.MultiHeadMask([causal] * N),
             block_sizes=splash.BlockSizes(
@@ -58,7 +54,7 @@ def attend(
         )
         return jax.vmap(mha)(q_VNYH, k_VKYH, v_VKYH, splash.SegmentIds(segments_VY, segments_VY))
 
-    return attend_in_views(kernel, q_BTNH * scale, k_BSKH, v_BSKH, sight)
+    return attend_in_views(kernel, q_BTNH * scale, k_BSKH, v_BSKH, sight, sight.segments_B2Y)
 
 
 SPLASH = Kernel(sight, attend)

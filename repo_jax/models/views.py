@@ -7,7 +7,8 @@ Axis letters: B packed rows, T token slots, S slots as keys, Y entries of a view
 heads, G = N // K, H head size.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -26,14 +27,21 @@ class Views(NamedTuple):
     entries_B2T: jax.Array
 
 
-def views_of(places: Places, block: int) -> Views:
+def block_size(Y: int, blocks: Sequence[int]) -> int:
+    """Of the block sizes, largest first, the one that fills up Y least; what is shorter than all is one block."""
+    if blocks[0] >= Y:
+        return 128 * math.ceil(Y / 128)
+    return min(blocks, key=lambda block: math.ceil(Y / block) * block)
+
+
+def views_of(places: Places, blocks: Sequence[int]) -> Views:
     """The views of rows, filled up to whole blocks."""
     if places.views_B2Y is None:
         raise ValueError("this kernel of attention needs the views of the rows; build the rows with RowShape.Y above 0")
 
     def local(prompts_BT, views_B2Y):
         T, Y = prompts_BT.shape[1], views_B2Y.shape[2]
-        views_B2Y = jnp.pad(views_B2Y, ((0, 0), (0, 0), (0, -Y % block)), constant_values=T)
+        views_B2Y = jnp.pad(views_B2Y, ((0, 0), (0, 0), (0, -Y % block_size(Y, blocks))), constant_values=T)
         slots_B2Y = jnp.where(views_B2Y < T, views_B2Y, -1)
         segments_B2Y = jnp.take_along_axis(prompts_BT[:, None], slots_B2Y, axis=2, mode="clip")
         # A view lists its slots in ascending order, and what is unused comes last.
@@ -42,28 +50,34 @@ def views_of(places: Places, block: int) -> Views:
         found_B2T = jnp.take_along_axis(views_B2Y, entries_B2T, axis=2, mode="clip") == jnp.arange(T)[None, None]
         return Views(slots_B2Y, jnp.where(slots_B2Y < 0, 0, segments_B2Y), jnp.where(found_B2T, entries_B2T, -1))
 
-    return _per_shard(local, (BATCH, BATCH), BATCH)(places.prompts_BT, places.views_B2Y)
+    return per_shard(local, (BATCH, BATCH), BATCH)(places.prompts_BT, places.views_B2Y)
 
 
-def attend_in_views(kernel: Callable, q_BTNH, k_BSKH, v_BSKH, views: Views):
-    """out_BTNH by kernel(q_VNYH, k_VKYH, v_VKYH, segments_VY) -> out_VNYH, on each shard of rows and heads by itself."""
+def attend_in_views(kernel: Callable, q_BTNH, k_BSKH, v_BSKH, views: Views, mask_B2Y):
+    """out_BTNH by kernel(q_VNYH, k_VKYH, v_VKYH, mask_VY) -> out_VNYH, on each shard of rows and heads by itself.
+
+    mask_B2Y is what the kernel has to know of an entry to tell which ones it sees.
+    """
     mesh, N, K = jax.sharding.get_abstract_mesh(), q_BTNH.shape[2], k_BSKH.shape[2]
     heads = P(*BATCH, None, "tensor")
     split = K % mesh.shape.get("tensor", 1) == 0
 
-    def local(q_BTNH, k_BSKH, v_BSKH, views):
+    def local(q_BTNH, k_BSKH, v_BSKH, views, mask_B2Y):
         if not split:
             k_BSKH, v_BSKH = (_keys_of_shard(x_BSKH, q_BTNH.shape[2], N // K) for x_BSKH in (k_BSKH, v_BSKH))
         B, _, Y = views.slots_B2Y.shape
-        inputs = (jnp.moveaxis(spread(x, views).reshape(2 * B, Y, *x.shape[2:]), 2, 1) for x in (q_BTNH, k_BSKH, v_BSKH))
-        out_VNYH = kernel(*inputs, views.segments_B2Y.reshape(2 * B, Y))
+        inputs = (
+            jnp.moveaxis(spread(x, views).reshape(2 * B, Y, *x.shape[2:]), 2, 1) for x in (q_BTNH, k_BSKH, v_BSKH)
+        )
+        out_VNYH = kernel(*inputs, mask_B2Y.reshape(2 * B, Y))
         return gather(jnp.moveaxis(out_VNYH, 1, 2).reshape(B, 2, Y, *q_BTNH.shape[2:]), views)
 
     keys = heads if split else BATCH
-    return _per_shard(local, (heads, keys, keys, BATCH), heads)(q_BTNH, k_BSKH, v_BSKH, views)
+    return per_shard(local, (heads, keys, keys, BATCH, BATCH), heads)(q_BTNH, k_BSKH, v_BSKH, views, mask_B2Y)
 
 
-def _per_shard(fn: Callable, in_specs, out_specs) -> Callable:
+def per_shard(fn: Callable, in_specs, out_specs) -> Callable:
+    """fn on each shard of the mesh in context by itself; without a mesh, fn."""
     if jax.sharding.get_abstract_mesh().empty:
         return fn
     # check_vma=False: a Pallas call does not say over which axes its results vary.
@@ -108,7 +122,9 @@ def _spread_bwd(views, g_B2YNH):
 def _gather_bwd(views, g_BTNH):
     in_chosen_B2Y = jnp.take_along_axis(views.entries_B2T[:, :1], views.slots_B2Y, axis=2, mode="clip") >= 0
     from_chosen_12 = jnp.array([True, False])[None, :, None]
-    return spread(g_BTNH, views._replace(slots_B2Y=jnp.where(in_chosen_B2Y == from_chosen_12, views.slots_B2Y, -1))), None
+    return spread(
+        g_BTNH, views._replace(slots_B2Y=jnp.where(in_chosen_B2Y == from_chosen_12, views.slots_B2Y, -1))
+    ), None
 
 
 spread.defvjp(lambda x_BTNH, views: (spread(x_BTNH, views), views), _spread_bwd)

@@ -1,12 +1,28 @@
 """Packed rows, read back slot by slot: every scored token must be predicted from its prompt and the answer before it."""
 
+import gzip
+import json
 import math
 
 import numpy as np
 import pytest
-from examples import pair_of, random_pairs, tokens
+from examples import ROOT, pair_of, random_pairs, tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
-from repo_jax.data.rows import RowShape, pack, row_batches, suggest_row_length, suggest_scored_length, too_long
+from repo_jax.data.rows import (
+    RowShape,
+    Sizes,
+    pack,
+    packed,
+    row_batches,
+    spread,
+    suggest_row_length,
+    suggest_scored_length,
+    suggest_shapes,
+    too_long,
+)
 from repo_jax.data.weights import ld, temporal_decay
 
 V = 1000
@@ -97,10 +113,12 @@ def test_two_pairs_share_a_row():
 
 def test_arrays_are_int32_but_for_the_mask(rng):
     (batch,) = row_batches([pair_of(rng, (2, 2, 2), V=V)], RowShape(1, 8, 8))
-    *ids, filled_B, weights_RS = batch
+    *ids, filled_B, weights_RS, views_R2Y, places_RT = batch
     assert {array.dtype for array in ids} == {np.dtype(np.int32)}
     assert filled_B.dtype == bool
-    assert weights_RS is None
+    assert weights_RS is views_R2Y is places_RT is None
+    (batch,) = row_batches([pair_of(rng, (2, 2, 2), V=V)], RowShape(1, 8, 8, 8))
+    assert batch.views_R2Y.dtype == batch.places_RT.dtype == np.int32
 
 
 def test_tokens_that_are_not_scored_are_seen():
@@ -221,8 +239,11 @@ def test_any_pairs_come_back_whole_from_their_rows():
         pairs = random_pairs(int(rng.integers(1, 30)), V=V, seed=seed, most=12)
         pairs = [with_holes(pair if rng.random() < 0.8 else without(pair, rng.integers(2)), rng) for pair in pairs]
         wanted_B2 = rng.random((len(pairs), 2)) < 0.8
-        shape = RowShape(R=int(rng.integers(1, 5)), T=int(rng.integers(36, 80)), S=int(rng.integers(24, 48)))
-        batches = row_batches(pairs, shape, B=len(pairs) + seed % 3, wanted_B2=wanted_B2)
+        shapes = [
+            RowShape(int(rng.integers(1, 5)), T=int(rng.integers(36, 80)), S=int(rng.integers(24, 48)), Y=Y)
+            for Y in [0, int(rng.integers(24, 60))][: 1 + seed % 2]
+        ]
+        batches = row_batches(pairs, shapes, B=len(pairs) + seed % 3, wanted_B2=wanted_B2)
         assert read_back(batches) == expected(pairs, wanted_B2), f"seed {seed}"
         filled = sum((batch.filled_B[: len(pairs)] for batch in batches), np.zeros(len(pairs), int))
         there_B2 = wanted_B2 & np.array([[len(ids) > 0 for ids in pair.branches] for pair in pairs])
@@ -230,10 +251,12 @@ def test_any_pairs_come_back_whole_from_their_rows():
 
 
 def test_every_batch_has_the_one_shape():
-    batches = row_batches(random_pairs(40, V=V), RowShape(R=3, T=64, S=40))
+    pairs = [temporal_decay(pair, gamma=0.5) for pair in random_pairs(40, V=V)]
+    batches = row_batches(pairs, RowShape(R=3, T=64, S=40, Y=50))
     assert len(batches) > 1
     for batch in batches:
-        assert [array.shape for array in batch[:-1]] == [(3, 64)] * 4 + [(3, 40)] * 3 + [(40,)]
+        shapes = [array.shape for array in batch]
+        assert shapes == [(3, 64)] * 4 + [(3, 40)] * 3 + [(40,), (3, 40), (3, 2, 50), (3, 64)]
 
 
 def test_all_batches_but_the_last_have_all_their_rows_filled():
@@ -274,6 +297,176 @@ def test_pack_fills_the_fullest_row_that_has_room():
     assert pack([6, 5, 4, 3, 2], [1, 1, 1, 1, 1], T=10, S=2) == [[0, 2], [1, 3], [4]]
 
 
+def loads(sizes, rows):
+    return [sum(sizes[i] for i in row) for row in rows]
+
+
+ITEM = st.tuples(*[st.integers(1, 20)] * 2, st.tuples(*[st.integers(0, 20)] * 2))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(ITEM, max_size=40), st.tuples(*[st.integers(20, 60)] * 3), st.integers(1, 8), st.booleans())
+def test_any_items_land_whole_in_one_row_within_its_capacities(items, room, rows, with_views):
+    slots, scored, views = zip(*items, strict=True) if items else ((), (), ())
+    T, S, Y = room[0], room[1], with_views * room[2]
+    capacities = [(slots, T), (scored, S)] + [([view[side] for view in views], Y) for side in (0, 1) if Y]
+    best = pack(slots, scored, T, S, views=views, Y=Y)
+    even = spread(slots, scored, T, S, rows=rows, views=views, Y=Y)
+    for found in (best, even) if even is not None else (best,):
+        assert sorted(i for row in found for i in row) == list(range(len(items)))
+        for sizes, most in capacities:
+            assert max(loads(sizes, found), default=0) <= most
+    # No two rows could be one.
+    for k, row in enumerate(best):
+        for other in best[:k]:
+            assert any(sum(sizes[i] for i in row + other) > most for sizes, most in capacities)
+    assert even is None or len(even) == rows
+
+
+# Views
+
+
+def test_a_view_holds_the_prompts_and_one_side_of_the_answers():
+    pairs = [tokens([1, 2, 3], [4, 5], [6, 7, 8]), tokens([1, 2], [3], [4, 5])]
+    (batch,) = row_batches(pairs, RowShape(R=1, T=14, S=9, Y=10))
+    #       slots: p  p  p  c  c  r  r  r  p  p  c   r   r
+    chosen, rejected = batch.views_R2Y[0].tolist()
+    assert chosen == [0, 1, 2, 3, 4, 8, 9, 10, 14, 14]
+    assert rejected == [0, 1, 2, 5, 6, 7, 8, 9, 11, 12]
+    assert batch.places_RT.tolist() == [[0, 1, 2, 3, 4, 13, 14, 15, 5, 6, 7, 18, 19, 0]]
+
+
+def test_a_prompt_without_a_chosen_answer_is_only_in_the_other_view():
+    good, bad = tokens([1, 2], [3, 4], []), tokens([5], [], [6, 7])
+    (batch,) = row_batches([good, bad], RowShape(R=1, T=8, S=4, Y=4))
+    assert batch.views_R2Y.tolist() == [[[0, 1, 2, 3], [4, 5, 6, 8]]]
+    assert batch.places_RT.tolist() == [[0, 1, 2, 3, 4, 5, 6, 0]]
+
+
+def test_causal_attention_within_segments_of_a_view_is_the_rule_of_visibility():
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        pairs = random_pairs(12, V=V, seed=seed, most=8)
+        pairs = [pair if rng.random() < 0.8 else without(pair, rng.integers(2)) for pair in pairs]
+        shape = RowShape(R=2, T=60, S=48, Y=40)
+        for batch in row_batches(pairs, shape, wanted_B2=rng.random((12, 2)) < 0.7):
+            for r in range(shape.R):
+                assert_views_keep_visibility(batch, r, shape)
+
+
+def assert_views_keep_visibility(batch, r, shape):
+    segments, prompts, positions = batch.segments_RT[r], batch.prompts_RT[r], batch.positions_RT[r]
+    for side, view in enumerate(batch.views_R2Y[r].tolist()):
+        used = [slot for slot in view if slot < shape.T]
+        assert view == used + [shape.T] * (shape.Y - len(used))
+        assert used == sorted(set(used))
+        for entry, slot in enumerate(used):
+            seen = [other for other in used[: entry + 1] if prompts[other] == prompts[slot]]
+            visible = [t for t in range(slot + 1) if segments[t] in (segments[slot], prompts[slot])]
+            assert seen == visible
+            assert [positions[other] for other in seen] == list(range(len(seen)))
+            is_prompt = segments[slot] == prompts[slot]
+            assert batch.places_RT[r, slot] == side * shape.Y + entry or (is_prompt and side == 1)
+    ends = batch.views_R2Y[r].ravel()
+    for slot in range(shape.T):
+        assert segments[slot] == 0 or ends[batch.places_RT[r, slot]] == slot
+        assert segments[slot] > 0 or batch.places_RT[r, slot] == 0
+
+
+def test_a_row_takes_no_more_of_a_view_than_there_is_room_for(rng):
+    pairs = [pair_of(rng, (1, 3, 2), V=V) for _ in range(4)]  # 4 entries beside chosen answers, 3 beside rejected ones
+    assert tokens_per_row(row_batches(pairs, RowShape(R=1, T=100, S=100, Y=16))) == [24]
+    assert tokens_per_row(row_batches(pairs, RowShape(R=1, T=100, S=100, Y=15))) == [18, 6]
+    rejected_B2 = np.array([[False, True]] * 4)
+    assert tokens_per_row(row_batches(pairs, RowShape(1, 100, 100, Y=12), wanted_B2=rejected_B2)) == [12]
+    assert tokens_per_row(row_batches(pairs, RowShape(1, 100, 100, Y=11), wanted_B2=rejected_B2)) == [9, 3]
+
+
+# Several shapes
+
+
+def slots_taken(batches):
+    return sum(batch.tokens_RT.size for batch in batches)
+
+
+def test_the_shape_in_which_the_pairs_take_the_fewest_slots_is_taken():
+    shapes = [RowShape(4, 96, 80), RowShape(4, 64, 56), RowShape(2, 75, 60), RowShape(1, 60, 40)]
+    taken = set()
+    for seed in range(40):
+        pairs = random_pairs(1 + seed, V=V, seed=seed)
+        batches = row_batches(pairs, shapes)
+        assert slots_taken(batches) == min(slots_taken(row_batches(pairs, shape)) for shape in shapes)
+        taken.add(batches[0].tokens_RT.shape)
+    assert len(taken) > 2
+
+
+def test_of_shapes_that_take_as_many_slots_the_first_is_taken(rng):
+    pairs = [pair_of(rng, (1, 3, 2), V=V) for _ in range(4)]
+    for shapes in ([RowShape(2, 12, 12), RowShape(1, 12, 12)], [RowShape(1, 12, 12), RowShape(2, 12, 12)]):
+        assert row_batches(pairs, shapes)[0].tokens_RT.shape == shapes[0][:2]
+
+
+def test_a_shape_that_does_not_hold_every_wanted_pair_is_not_taken(rng):
+    pairs = [pair_of(rng, (4, 6, 6), V=V), pair_of(rng, (2, 2, 2), V=V)]
+    shapes = [RowShape(1, 40, 40), RowShape(1, 14, 14)]
+    assert row_batches(pairs, shapes)[0].tokens_RT.shape == (1, 40)
+    for wanted in ([[True, False], [False, False]], [[False, False], [True, True]]):
+        assert row_batches(pairs, shapes, wanted_B2=np.array(wanted))[0].tokens_RT.shape == (1, 14)
+    assert row_batches(pairs[1:], [RowShape(1, 40, 40), RowShape(1, 14, S=3)])[0].tokens_RT.shape == (1, 40)
+    assert row_batches(pairs[1:], [RowShape(1, 40, 40), RowShape(1, 14, 14, Y=3)])[0].tokens_RT.shape == (1, 40)
+
+
+def test_a_pair_that_no_shape_holds_is_refused_by_the_largest(rng):
+    pairs = [pair_of(rng, (1, 1, 1), V=V), a_pair((100, 30, 40))]
+    with pytest.raises(ValueError, match=r"'ultra:9'.*row_length is 169;"):
+        row_batches(pairs, [RowShape(1, 128, 512), RowShape(1, 169, 512), RowShape(4, 50, 512)])
+
+
+def test_nothing_wanted_takes_no_rows():
+    shapes = [RowShape(1, 40, 40), RowShape(1, 14, 14)]
+    assert row_batches([], shapes) == []
+    assert row_batches(random_pairs(3, V=V), shapes, wanted_B2=np.zeros((3, 2), bool)) == []
+
+
+# Balance
+
+
+def test_rows_of_an_update_have_about_the_same_work():
+    for seed in range(5):
+        pairs = random_pairs(60, V=V, seed=seed)
+        used = np.array(tokens_per_row(row_batches(pairs, RowShape(R=8, T=256, S=200))))
+        assert used.sum() == sum(pair.slots for pair in pairs)
+        assert used.max() < 1.1 * used.mean()
+
+
+def test_pairs_that_cannot_be_spread_evenly_are_packed_as_they_fit():
+    sizes = [5, 5, 4, 3, 3]  # longest first to the emptiest row leaves no room for the last
+    assert spread(sizes, [1] * 5, T=10, S=10, rows=2) is None
+    pairs = [a_pair((size - 2, 1, 1)) for size in sizes]
+    assert tokens_per_row(row_batches(pairs, RowShape(R=2, T=10, S=10))) == [10, 10]
+
+
+def test_longest_first_to_the_emptiest_row():
+    assert spread([2, 3, 4, 5], [1] * 4, T=10, S=10, rows=2) == [[2, 1], [3, 0]]
+    # The emptiest row has no scored tokens left, the other has.
+    assert spread([6, 3, 2], [1, 2, 1], T=10, S=2, rows=2) == [[1], [0, 2]]
+    assert spread([6, 3, 2], [1, 2, 2], T=10, S=2, rows=2) is None
+
+
+def test_a_device_has_heavy_rows_beside_light_ones():
+    pairs = [a_pair((size, 1, 1)) for size in (10, 30, 20, 50, 40, 80, 70, 60)]
+    used = np.array(tokens_per_row(row_batches(pairs, RowShape(R=8, T=82, S=2))))
+    for devices in (2, 4):
+        assert len(set(used.reshape(devices, -1).sum(axis=1))) == 1
+
+
+def test_one_row_at_a_time_is_filled_before_the_next():
+    pairs = [a_pair((size - 2, 1, 1)) for size in (6, 5, 3, 3)]
+    assert tokens_per_row(row_batches(pairs, RowShape(R=1, T=10, S=10))) == [9, 8]
+    pairs = pairs[:2] + pairs[3:]
+    assert tokens_per_row(row_batches(pairs, RowShape(R=1, T=12, S=10))) == [11, 3]
+
+
 # Room
 
 
@@ -304,6 +497,17 @@ def test_a_pair_with_more_scored_tokens_than_a_row_is_refused():
     assert len(row_batches([pair], RowShape(1, 512, 67))) == 1
 
 
+def test_a_pair_with_a_longer_view_than_a_row_has_room_for_is_refused():
+    pair = a_pair((100, 30, 40))
+    with pytest.raises(ValueError) as refused:
+        row_batches([pair], RowShape(1, 512, 512, Y=139))
+    assert str(refused.value) == (
+        "pair 'ultra:9' (pairs.jsonl line 9) takes 140 entries of a view (prompt 100 + rejected 40) but view_length is 139; "
+        "raise view_length to 256, or lower max_length below 140 to drop or cut such pairs"
+    )
+    assert len(row_batches([pair], RowShape(1, 512, 512, Y=140))) == 1
+
+
 def test_where_both_are_too_small_row_length_is_named_first():
     assert "raise row_length to 128" in str(too_long(a_pair((2, 30, 40)), T=71, S=69))
 
@@ -315,8 +519,8 @@ def test_the_suggested_row_length_is_the_longest_pair_in_whole_registers():
 
 
 def test_the_suggested_scored_length_is_the_share_of_a_row_and_some():
-    # Half of all tokens are scored: 512 of a row of 1024, and with 15 % on top 589, which is 640 in 64s.
-    assert suggest_scored_length(np.array([100, 60]), np.array([50, 30]), 1024) == 640
+    # Half of all tokens are scored: 512 of a row of 1024, and with 8 % on top 553, which is 576 in 64s.
+    assert suggest_scored_length(np.array([100, 60]), np.array([50, 30]), 1024) == 576
 
 
 def test_the_suggested_scored_length_holds_a_pair_that_is_scored_more_than_most():
@@ -337,3 +541,113 @@ def test_the_suggested_lengths_hold_any_pairs():
         assert slots.max() <= T < slots.max() + 128
         assert scored.max() <= S <= T
         assert row_batches(pairs, RowShape(1, T, S))
+
+
+# Shapes
+
+
+@pytest.fixture(scope="module")
+def ultrafeedback():
+    """The lengths of real pairs: GPT-2's tokens and four more for each message, at max_length 2048."""
+    data = ROOT / "benchmarks" / "data"
+    tokenizer = Tokenizer.from_buffer(gzip.decompress((data / "gpt2-tokenizer.json.gz").read_bytes()))
+    with gzip.open(data / "ultrafeedback.jsonl.gz", "rt", encoding="utf-8") as file:
+        texts = [
+            json.loads(line)[column][-1]["content"] for line in file for column in ("prompt", "chosen", "rejected")
+        ]
+    lengths_B3 = 4 + np.array([len(text) for text in tokenizer.encode_batch(texts)]).reshape(-1, 3)
+    lengths_B3 = lengths_B3[lengths_B3[:, 0] + lengths_B3[:, 1:].max(axis=1) <= 2048]
+    assert len(lengths_B3) > 850
+    return table_of(lengths_B3)
+
+
+def table_of(lengths_B3) -> Sizes:
+    answers_B2 = lengths_B3[:, 1:]
+    return Sizes(lengths_B3.sum(axis=1), answers_B2.sum(axis=1), lengths_B3[:, :1] + answers_B2)
+
+
+def paddings(table, shapes, part=1.0):
+    """The share of all slots that stay empty, for random updates of 128 pairs or parts of such."""
+    rng, found = np.random.default_rng(7), []
+    for _ in range(30):
+        update = table.of(rng.choice(len(table.slots_B), 128, replace=False)[: round(part * 128)])
+        shape, rows = packed(update, shapes)
+        found.append(1 - update.slots_B.sum() / (len(rows) * shape.T))
+    return np.array(found)
+
+
+@pytest.mark.parametrize("view_length", [False, True])
+@pytest.mark.parametrize(["ways", "most"], [(1, 0.05), (8, 0.14), (16, 0.17), (32, 0.2)])
+def test_real_pairs_leave_little_of_the_suggested_rows_empty(ultrafeedback, ways, most, view_length):
+    shapes = suggest_shapes(*ultrafeedback, B=128, ways=ways, view_length=view_length)
+    assert paddings(ultrafeedback, shapes).mean() <= most
+
+
+def test_second_passes_take_fewer_slots_in_the_shorter_shapes(ultrafeedback):
+    for ways, part, most in ((1, 0.2, 0.16), (8, 0.4, 0.25), (16, 0.4, 0.25)):
+        shapes = suggest_shapes(*ultrafeedback, B=128, ways=ways)
+        assert len(shapes) > 1
+        padding = paddings(ultrafeedback, shapes, part).mean()
+        assert padding < most
+        assert padding < paddings(ultrafeedback, shapes[:1], part).mean() - 0.05
+
+
+@pytest.mark.parametrize("ways", [1, 8, 256])
+def test_the_first_suggested_shape_holds_every_pair_and_the_others_are_shorter(ultrafeedback, ways):
+    shapes = suggest_shapes(*ultrafeedback, B=128, ways=ways, view_length=True)
+    assert 1 <= len(shapes) <= 5
+    assert ultrafeedback.fit(shapes[0])
+    for shape in shapes:
+        # What is short enough has room for its scored tokens and its views, too.
+        assert ultrafeedback.of(ultrafeedback.slots_B <= shape.T).fit(shape)
+        assert shape.R % ways == shape.T % 128 == shape.Y % 128 == 0
+        assert shape.S <= shape.T and 0 < shape.Y <= shape.T
+        assert shape.R // ways * shape.T <= 8192
+    assert list(shapes) == sorted(set(shapes), key=lambda shape: (shape.T, shape.R), reverse=True)
+
+
+def test_more_devices_than_pairs_have_a_row_each(ultrafeedback):
+    assert {shape.R for shape in suggest_shapes(*ultrafeedback, B=8, ways=16)} == {16}
+    assert {shape.R for shape in suggest_shapes(*ultrafeedback, B=128, ways=256)} == {256}
+
+
+def test_a_pair_longer_than_the_budget_has_a_row_for_itself(ultrafeedback):
+    longest = int(ultrafeedback.slots_B.max())
+    largest, *_ = suggest_shapes(*ultrafeedback, B=128, ways=8, budget=longest // 2)
+    assert largest[:2] == (8, 128 * math.ceil(longest / 128))
+
+
+def test_what_is_given_is_obeyed(ultrafeedback):
+    def suggested(**given):
+        return suggest_shapes(*ultrafeedback, B=128, ways=8, **given)
+
+    largest, *shorter = suggested(row_length=5000)
+    assert largest.T == 5000
+    assert all(shape.T == 5000 or shape.T % 128 == 0 for shape in shorter)
+    largest, *shorter = suggested(scored_length=3100)
+    assert largest.S == 3100
+    assert all(shape.S <= 3100 and shape.Y == 0 for shape in shorter)
+    assert {shape.R for shape in suggested(rows_per_device=3)} == {24}
+    largest, *_ = suggested(row_length=4096, scored_length=3500, rows_per_device=2, view_length=True)
+    assert largest == RowShape(16, 4096, 3500, largest.Y)
+
+
+def test_lengths_that_are_too_short_for_a_pair_are_left_to_the_caller(ultrafeedback):
+    for row_length, scored_length in ((1000, None), (None, 900), (10, None), (10, 5)):
+        [shape] = suggest_shapes(*ultrafeedback, B=128, ways=8, row_length=row_length, scored_length=scored_length)
+        assert not ultrafeedback.fit(shape)
+        assert row_length in (None, shape.T)
+        assert scored_length in (None, shape.S)
+
+
+def test_the_suggestion_is_the_same_each_time(ultrafeedback):
+    assert len({suggest_shapes(*ultrafeedback, B=64, ways=4) for _ in range(2)}) == 1
+
+
+def test_the_suggested_shapes_hold_any_pairs():
+    for seed in range(20):
+        pairs = random_pairs(1 + seed, V=V, seed=seed, most=1 + 20 * seed)
+        table = table_of(np.array([pair.lengths for pair in pairs]))
+        shapes = suggest_shapes(*table, B=1 + seed // 2, ways=1 + seed % 3, view_length=seed % 2 == 0)
+        batches = row_batches(pairs, shapes)
+        assert sum(batch.filled_B.sum() for batch in batches) == len(pairs)

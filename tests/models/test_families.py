@@ -12,7 +12,7 @@ from examples import one_device, random_params, tokens
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from repo_jax.data.rows import RowBatch, RowShape, row_batches
-from repo_jax.logps import exact_matmuls, pair_logps, token_logps
+from repo_jax.logps import Head, Softmax, exact_matmuls, pair_logps, token_logps
 from repo_jax.models.config import DecoderConfig, Rope
 from repo_jax.models.decoder import Decoder, output_head, param_shapes
 from repo_jax.models.hf import from_hf
@@ -66,7 +66,7 @@ def scored(cfg: DecoderConfig, params, batch: RowBatch, dtype=jnp.float32):
             {"params": params}, batch.tokens_RT, batch.positions_RT, batch.segments_RT, batch.prompts_RT
         )
         source_RSD = jnp.take_along_axis(hidden_RTD, batch.sources_RS[..., None], axis=1)
-        return token_logps(source_RSD, output_head(params), batch.targets_RS, vocab=cfg.V, cap=cfg.logit_softcap)
+        return token_logps(source_RSD, Head(output_head(params), Softmax(cfg.V, cfg.logit_softcap)), batch.targets_RS)
 
 
 def ours(cfg, params, batches=PADDED, **options) -> np.ndarray:
