@@ -4,6 +4,7 @@
 set -euo pipefail
 extra=
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+. "$root/launch/flags.sh"
 if [ $# -eq 0 ] || [ "${1#-}" != "$1" ]; then
   cd "$root"
   set -- configs/quickstart.yaml "$@"

@@ -4,7 +4,6 @@ Axis letters: B pairs of the global batch; 2 is (chosen, rejected).
 """
 
 import dataclasses
-import functools
 import importlib.metadata
 import platform
 import statistics
@@ -14,8 +13,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from repo_jax.config import Recipe
 from repo_jax.data.batches import batch_indices
@@ -32,10 +30,10 @@ from repo_jax.optimizer import is_matrix, make_optimizer
 from repo_jax.preparation import Setup, keep_programs, set_up
 from repo_jax.progress import Compiled, compiled
 from repo_jax.state import TrainState, initial_state, state_shapes, state_shardings, variables_of
-from repo_jax.step import Scorer, TrainStep, update
+from repo_jax.step import Scorer, TrainStep
 from repo_jax.stores import model_files
 
-SPLIT_STEPS = 3  # updates done in parts, after one that compiles the parts
+SPLIT_STEPS = 2  # updates done in parts, after one that compiles the parts
 
 
 class Untrained(Pretrained):
@@ -77,7 +75,6 @@ class Run(NamedTuple):
 
     scorer: Scorer
     step: TrainStep
-    update: functools.partial  # the optimizer by itself
     frozen: dict | None
 
 
@@ -124,12 +121,7 @@ def _start(setup: Setup, optimizer, shapes: TrainState, shardings: TrainState) -
     scorer = Scorer(setup.model, setup.loss, setup.hparams, setup.mesh, setup.shapes)
     options = {"mode": optim.mode, "two_pass_below": optim.two_pass_below, "frozen": frozen, "seed": run.seed}
     step = TrainStep(scorer, setup.model, setup.loss, optimizer, shardings, **options)
-    alone = jax.jit(
-        functools.partial(update, optimizer=optimizer),
-        donate_argnums=0,
-        out_shardings=(shardings, NamedSharding(setup.mesh, P())),
-    )
-    return Run(scorer, step, alone, frozen), initial_state(params, optimizer, shardings)
+    return Run(scorer, step, frozen), initial_state(params, optimizer, shardings)
 
 
 def _batches(setup: Setup) -> Iterator[list[PairTokens]]:
@@ -200,7 +192,7 @@ def _split_once(setup: Setup, run: Run, state: TrainState, batches: Iterator) ->
         lambda: run.step.mean_grads(state.params, pairs, update=state.step, rows=rows, form=form)
     )
     with jax.set_mesh(setup.mesh):
-        (state, *_), optimizer = _timed(lambda: run.update(state, grads, metrics["active_token_fraction"]))
+        (state, _), optimizer = _timed(lambda: run.step.apply(state, grads, metrics))
     apart = form == "two_pass"
     return {
         "input": reading + building,

@@ -63,7 +63,7 @@ def _public(value):
         found = {}
         for name, part in value.items():
             shown = _public(name)
-            if name not in ("output_dir", "cache_dir"):
+            if name not in ("output_dir", "cache_dir", "compile_cache_dir"):
                 found[f"{shown} ({len(found) + 1})" if shown in found else shown] = _public(part)
         return found
     if isinstance(value, str) and re.fullmatch(r"(/|\w[\w+.-]*://).+", value):

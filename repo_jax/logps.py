@@ -37,7 +37,7 @@ def pair_logps(model: Decoder, variables: dict, batch: RowBatch, *, dropout=None
         return jax.ops.segment_sum(x_RS.ravel(), batch.answers_RS.ravel(), num_segments=2 * B).reshape(B, 2)
 
     source_RSD = predicting(model, variables, batch, dropout)
-    logps_RS = token_logps(source_RSD, head_of(model, variables), batch.targets_RS)
+    logps_RS = token_logps(source_RSD, head_of(model, variables), batch.targets_RS, used=used_of(batch))
     lengths_B2 = sum_by_answer(jnp.ones_like(logps_RS))
     if batch.weights_RS is not None:
         logps_RS = logps_RS * batch.weights_RS
@@ -50,7 +50,7 @@ def weighted_logps(model: Decoder, variables: dict, batch: RowBatch, slopes_B2):
     if batch.weights_RS is not None:
         slopes_RS = slopes_RS * batch.weights_RS
     source_RSD = predicting(model, variables, batch)
-    return weighted_sum(source_RSD, head_of(model, variables), batch.targets_RS, slopes_RS)
+    return weighted_sum(source_RSD, head_of(model, variables), batch.targets_RS, slopes_RS, used=used_of(batch))
 
 
 def predicting(model: Decoder, variables: dict, batch: RowBatch, dropout=None):
@@ -63,6 +63,11 @@ def predicting(model: Decoder, variables: dict, batch: RowBatch, dropout=None):
         )
     # Not a shift by one: a prompt's last slot predicts two tokens, the first of each answer.
     return jnp.take_along_axis(hidden_RTD, batch.sources_RS[..., None], axis=1)
+
+
+def used_of(batch: RowBatch):
+    """How many scored tokens the fullest row has; they stand first in a row."""
+    return jnp.sum(batch.answers_RS < 2 * len(batch.filled_B), axis=1).max()
 
 
 class Softmax(NamedTuple):
@@ -85,15 +90,20 @@ def head_of(model: Decoder, variables: dict) -> Head:
     return Head(output_head(variables["params"]), Softmax(model.cfg.V, model.cfg.logit_softcap, *model.head_chunks))
 
 
-def token_logps(source_RSD, head: Head, targets_RS):
-    """Log-prob of each target under softmax(source @ head), in float32; [R, S, V] is never built."""
-    return _token_logps(head.softmax, source_RSD, head.weight_VD, targets_RS)
+def token_logps(source_RSD, head: Head, targets_RS, *, used=None):
+    """Log-prob of each target under softmax(source @ head), in float32; [R, S, V] is never built.
+
+    Only the first `used` targets of a row are asked for; the others' log-probs are any finite number.
+    """
+    used = targets_RS.shape[1] if used is None else used
+    return _token_logps(head.softmax, source_RSD, head.weight_VD, targets_RS, used)
 
 
-def weighted_sum(source_RSD, head: Head, targets_RS, slopes_RS):
-    """sum(slopes * token_logps) for constant slopes. Forward and backward are one sweep: three products with the head where
-    token_logps takes four."""
-    return _weighted_sum(head.softmax, source_RSD, head.weight_VD, targets_RS, slopes_RS)
+def weighted_sum(source_RSD, head: Head, targets_RS, slopes_RS, *, used=None):
+    """sum(slopes * token_logps) for constant slopes, 0 from `used` on. Forward and backward are one sweep: three products with the
+    head where token_logps takes four."""
+    used = targets_RS.shape[1] if used is None else used
+    return _weighted_sum(head.softmax, source_RSD, head.weight_VD, targets_RS, slopes_RS, used)
 
 
 def _groups(R: int) -> int:
@@ -102,8 +112,11 @@ def _groups(R: int) -> int:
     return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def _chunks(tokens: int, *arrays):
-    """Each [R, S, ...] -> [N, R, C, ...] for a scan over chunks, S padded with 0; rows stay the axis that is spread over devices."""
+def _over_chunks(fn, carry, tokens: int, used, *arrays):
+    """A scan of fn over chunks of the [R, S, ...] arrays: (carry, [R, C, ...] each) -> (carry, a tuple of [R, C, ...]).
+
+    Ends with the chunk that holds scored token `used`; what comes after is 0. Rows stay the axis that is spread over devices.
+    """
     R, S = arrays[0].shape[:2]
     C = min(S, max(1, tokens // (R // _groups(R))))
     N = -(-S // C)
@@ -112,11 +125,22 @@ def _chunks(tokens: int, *arrays):
         x_RS = jnp.pad(x_RS, ((0, 0), (0, N * C - S)) + ((0, 0),) * (x_RS.ndim - 2))
         return jnp.moveaxis(x_RS.reshape(R, N, C, *x_RS.shape[2:]), 1, 0)
 
-    return tuple(split(x_RS) for x_RS in arrays)
+    chunks = tuple(split(x_RS) for x_RS in arrays)
+    _, shapes = jax.eval_shape(fn, carry, tuple(x_NRC[0] for x_NRC in chunks))
+
+    def turn(i, state):
+        carry, done = state
+        carry, new = fn(carry, tuple(x_NRC[i] for x_NRC in chunks))
+        return carry, tuple(x_NRC.at[i].set(x_RC) for x_NRC, x_RC in zip(done, new, strict=True))
+
+    spread = functools.partial(constrain, spec=P(None, *BATCH))
+    empty = tuple(spread(jnp.zeros((N, *x_RC.shape), x_RC.dtype)) for x_RC in shapes)
+    carry, done = jax.lax.fori_loop(0, -(-used // C), turn, (carry, empty))
+    return carry, tuple(_unchunk(x_NRC, S) for x_NRC in done)
 
 
 def _unchunk(x_NRC, S: int):
-    """The inverse of _chunks."""
+    """[N, R, C, ...] -> [R, S, ...]"""
     N, R, C = x_NRC.shape[:3]
     return jnp.moveaxis(x_NRC, 0, 1).reshape(R, N * C, *x_NRC.shape[3:])[:, :S]
 
@@ -174,45 +198,46 @@ def _no_gradient(R: int, head_VD):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _token_logps(softmax: Softmax, source_RSD, head_VD, targets_RS):
-    return _token_logps_fwd(softmax, source_RSD, head_VD, targets_RS)[0]
+def _token_logps(softmax: Softmax, source_RSD, head_VD, targets_RS, used):
+    return _token_logps_fwd(softmax, source_RSD, head_VD, targets_RS, used)[0]
 
 
-def _token_logps_fwd(softmax, source_RSD, head_VD, targets_RS):
-    head, S = _whole_width(head_VD, source_RSD.dtype), targets_RS.shape[1]
+def _token_logps_fwd(softmax, source_RSD, head_VD, targets_RS, used):
+    head = _whole_width(head_VD, source_RSD.dtype)
 
     def chunk(_, inputs):
         x_RCD, targets_RC = inputs
         return None, _logps(_logits(softmax, x_RCD, head)[0], targets_RC)
 
     with exact_matmuls(source_RSD.dtype):
-        _, (logps, lse) = jax.lax.scan(chunk, None, _chunks(softmax.forward_chunk, source_RSD, targets_RS))
-    return _unchunk(logps, S), (source_RSD, head_VD, targets_RS, _unchunk(lse, S))
+        _, (logps_RS, lse_RS) = _over_chunks(chunk, None, softmax.forward_chunk, used, source_RSD, targets_RS)
+    return logps_RS, (source_RSD, head_VD, targets_RS, used, lse_RS)
 
 
 def _token_logps_bwd(softmax, residuals, g_RS):
-    source_RSD, head_VD, targets_RS, lse_RS = residuals
+    source_RSD, head_VD, targets_RS, used, lse_RS = residuals
     head = _whole_width(head_VD, source_RSD.dtype)
 
     def chunk(dhead_GVD, inputs):
         x_RCD, targets_RC, lse_RC, g_RC = inputs
-        return _push_back(dhead_GVD, *_logits(softmax, x_RCD, head), lse_RC, targets_RC, g_RC, x_RCD, head)
+        dhead_GVD, dx_RCD = _push_back(dhead_GVD, *_logits(softmax, x_RCD, head), lse_RC, targets_RC, g_RC, x_RCD, head)
+        return dhead_GVD, (dx_RCD,)
 
     with exact_matmuls(source_RSD.dtype):
-        chunks = _chunks(softmax.backward_chunk, source_RSD, targets_RS, lse_RS, g_RS)
-        dhead_GVD, dx = jax.lax.scan(chunk, _no_gradient(len(source_RSD), head_VD), chunks)
-    return _unchunk(dx, g_RS.shape[1]), dhead_GVD.sum(axis=0).astype(head_VD.dtype), None
+        start, inputs = _no_gradient(len(source_RSD), head_VD), (source_RSD, targets_RS, lse_RS, g_RS)
+        dhead_GVD, (dx_RSD,) = _over_chunks(chunk, start, softmax.backward_chunk, used, *inputs)
+    return dx_RSD, dhead_GVD.sum(axis=0).astype(head_VD.dtype), None, None
 
 
 _token_logps.defvjp(_token_logps_fwd, _token_logps_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _weighted_sum(softmax: Softmax, source_RSD, head_VD, targets_RS, slopes_RS):
-    return jnp.sum(slopes_RS * _token_logps(softmax, source_RSD, head_VD, targets_RS))
+def _weighted_sum(softmax: Softmax, source_RSD, head_VD, targets_RS, slopes_RS, used):
+    return jnp.sum(slopes_RS * _token_logps(softmax, source_RSD, head_VD, targets_RS, used))
 
 
-def _weighted_sum_fwd(softmax, source_RSD, head_VD, targets_RS, slopes_RS):
+def _weighted_sum_fwd(softmax, source_RSD, head_VD, targets_RS, slopes_RS, used):
     head = _whole_width(head_VD, source_RSD.dtype)
 
     def chunk(sums, inputs):
@@ -221,18 +246,17 @@ def _weighted_sum_fwd(softmax, source_RSD, head_VD, targets_RS, slopes_RS):
         logits_RCV, slopes_RCV = _logits(softmax, x_RCD, head)
         logps_RC, lse_RC = _logps(logits_RCV, targets_RC)
         dhead_GVD, dx_RCD = _push_back(dhead_GVD, logits_RCV, slopes_RCV, lse_RC, targets_RC, g_RC, x_RCD, head)
-        return (total + jnp.sum(g_RC * logps_RC), dhead_GVD), dx_RCD
+        return (total + jnp.sum(g_RC * logps_RC), dhead_GVD), (dx_RCD,)
 
     with exact_matmuls(source_RSD.dtype):
-        start = jnp.zeros(()), _no_gradient(len(source_RSD), head_VD)
-        chunks = _chunks(softmax.backward_chunk, source_RSD, targets_RS, slopes_RS)
-        (total, dhead_GVD), dx = jax.lax.scan(chunk, start, chunks)
-    return total, (_unchunk(dx, targets_RS.shape[1]), dhead_GVD.sum(axis=0).astype(head_VD.dtype))
+        start, inputs = (jnp.zeros(()), _no_gradient(len(source_RSD), head_VD)), (source_RSD, targets_RS, slopes_RS)
+        (total, dhead_GVD), (dx_RSD,) = _over_chunks(chunk, start, softmax.backward_chunk, used, *inputs)
+    return total, (dx_RSD, dhead_GVD.sum(axis=0).astype(head_VD.dtype))
 
 
 def _weighted_sum_bwd(softmax, residuals, g):
     dx_RSD, dhead_VD = residuals
-    return (dx_RSD * g).astype(dx_RSD.dtype), (dhead_VD * g).astype(dhead_VD.dtype), None, None
+    return (dx_RSD * g).astype(dx_RSD.dtype), (dhead_VD * g).astype(dhead_VD.dtype), None, None, None
 
 
 _weighted_sum.defvjp(_weighted_sum_fwd, _weighted_sum_bwd)

@@ -69,7 +69,7 @@ def decoder(model: ModelSection, cfg: DecoderConfig, mesh: Mesh) -> Decoder:
         model.remat,
         attention=kernel_of(model, cfg, mesh),
         # Small pieces stay in a CPU's caches (benchmarks/README.md).
-        head_chunks=(128, 512) if _platform(mesh) == "cpu" else (1024, 1024),
+        head_chunks=(128, 256) if _platform(mesh) == "cpu" else (1024, 1024),
         lora_scale=model.lora_scale,
         lora_dropout=model.lora_dropout if model.use_peft else 0.0,
     )

@@ -245,6 +245,10 @@ class TrainStep:
         """The state after one update, and the metrics; the state that came in is used up."""
         form = self.form(state)
         grads, metrics = self.mean_grads(state.params, pairs, update=state.step, rows=rows, form=form)
+        return self.apply(state, grads, metrics)
+
+    def apply(self, state: TrainState, grads: dict, metrics: dict) -> tuple[TrainState, dict]:
+        """The state after the optimizer took these gradients, and the metrics with their norm; state and gradients are used up."""
         with jax.set_mesh(self._scorer.mesh):
             state, grad_norm, running = self._update(state, grads, metrics["active_token_fraction"])
         if self._lately is not None:

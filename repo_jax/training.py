@@ -121,19 +121,20 @@ def run_updates(
 ) -> TrainState:
     """Updates start .. total_steps - 1, with the evaluations and checkpoints that fall due."""
     run, total, folder = setup.recipe.run, setup.total_steps, pathlib.Path(setup.recipe.run.output_dir)
-    first_traced, last_traced = run.traced
+    first, last = run.traced
+    traced = range(max(first, start + 1), min(last, total) + 1)
     if start < total:
         say("compiling: the first update takes longer")
     for k, pairs, rows in batches_ahead(setup, step, start):
         log.before_update()
-        if k + 1 == first_traced:
+        if traced and k + 1 == traced[0]:
             jax.block_until_ready(state)  # what still runs is not of this update
             jax.profiler.start_trace(folder / "profile")
         state, metrics = step(state, pairs, rows)
-        if k + 1 == last_traced:
+        if traced and k + 1 == traced[-1]:
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
-            say(f"updates {run.profile_steps} are traced in {folder / 'profile'}; xprof shows them")
+            say(f"updates {traced[0]}-{traced[-1]} are traced in {folder / 'profile'}; xprof shows them")
         log.update(k + 1, metrics, pairs)
         if setup.held_out is not None and run.eval_steps and (k + 1) % run.eval_steps == 0:
             variables = variables_of(state.params, frozen)

@@ -62,3 +62,14 @@ def random_pairs(n: int, *, V: int, seed: int = 0, most: int = 20) -> list[PairT
     """n pairs whose prompt and answers have 1 to `most` tokens each."""
     rng = np.random.default_rng(seed)
     return [pair_of(rng, tuple(rng.integers(1, most + 1, size=3)), V=V, name=f"pair {i}") for i in range(n)]
+
+
+def equations_of(jaxpr):
+    """Everything a program does, loops and calls included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from equations_of(inner)

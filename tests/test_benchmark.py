@@ -32,7 +32,7 @@ def quickstart(folder, weights="read", **overrides):
         "run.output_dir": str(folder / "run"),
     }
     setup = prepare(load_recipe(ROOT / "configs" / "quickstart.yaml", given | overrides), weights=weights)
-    return setup._replace(mesh=one_device(), shape=setup.shape._replace(R=2))
+    return setup._replace(mesh=one_device(), shapes=tuple(shape._replace(R=2) for shape in setup.shapes))
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +87,8 @@ def test_useful_work_leaves_out_the_backward_pass_of_pairs_with_no_gradient(two_
     peak = found["peak_tflops_per_second"] * 1e12
     assert found["mfu_without_skipping"] == pytest.approx(whole / peak)
     assert found["mfu"] == pytest.approx(found["useful_tflops_per_second"] * 1e12 / peak)
-    active = found["active_fraction"]
-    assert 0 < active < 1 and 0 < found["active_fraction_by_tokens"] < 1
+    active = found["active_token_fraction"]
+    assert 0 < active < 1 and 0 < found["active_fraction"] < 1
     # Means over updates of unequal pairs, so no more than about:
     assert found["mfu"] / found["mfu_without_skipping"] == pytest.approx((1 + 2 * active) / 3, rel=0.1)
     assert "matmul" in found["peak_is"] and found["roofline"] is None  # a CPU is no known chip
@@ -125,7 +125,7 @@ def test_a_model_of_which_there_is_no_weight_can_be_measured(untrained):
         == sum(map(np.size, jax.tree.leaves(param_shapes(setup.cfg))))
     )
     # All rewards are about equal in a model that knows nothing, so that gamma is out of every pair's reach.
-    assert found["active_fraction"] == found["active_fraction_by_tokens"] == 1.0
+    assert found["active_fraction"] == found["active_token_fraction"] == 1.0
 
 
 def test_random_weights_have_the_size_of_a_fresh_models(untrained):
@@ -189,7 +189,9 @@ def test_a_roofline_is_work_over_peak_and_traffic_over_bandwidth(monkeypatch):
 
 def test_utilisation_is_of_all_chips(monkeypatch):
     setup, pairs = made_up(monkeypatch), random_pairs(3, V=TINY.V)
-    measured = [Measured(seconds, pairs, {"active_fraction": active}) for seconds, active in ((1.0, 1.0), (3.0, 0.0))]
+    measured = [
+        Measured(seconds, pairs, {"active_token_fraction": active}) for seconds, active in ((1.0, 1.0), (3.0, 0.0))
+    ]
     found = speed(setup, measured, {"parameters": 1, "gradients": 1, "moments": 1})
     whole = useful_flops(TINY, pairs)
     assert found["pairs_per_second"] == 1.5
@@ -202,7 +204,7 @@ def test_utilisation_is_of_all_chips(monkeypatch):
 
 def test_frozen_weights_count_no_gradient_of_theirs(monkeypatch):
     pairs = random_pairs(3, V=TINY.V)
-    measured = [Measured(1.0, pairs, {"active_fraction": 1.0})]
+    measured = [Measured(1.0, pairs, {"active_token_fraction": 1.0})]
     held = {"adapters": 1, "gradients": 1, "moments": 1}
     found = speed(made_up(monkeypatch, use_peft=True), measured, held)
     assert found["useful_tflops_per_second"] * 1e12 == pytest.approx(useful_flops(TINY, pairs, trained="adapters"))
@@ -211,7 +213,7 @@ def test_frozen_weights_count_no_gradient_of_theirs(monkeypatch):
 def test_a_chip_with_no_published_peak_has_no_utilisation(monkeypatch):
     setup = made_up(monkeypatch)
     monkeypatch.setattr(benchmark, "chip_of", lambda kind: None)
-    measured = [Measured(1.0, random_pairs(2, V=TINY.V), {"active_fraction": 1.0})]
+    measured = [Measured(1.0, random_pairs(2, V=TINY.V), {"active_token_fraction": 1.0})]
     found = speed(setup, measured, {"parameters": 1, "gradients": 1, "moments": 1})
     assert [found[name] for name in ("mfu", "mfu_without_skipping", "peak_is", "roofline")] == [None] * 4
 

@@ -86,6 +86,7 @@ def test_the_recipe_is_whole_but_for_the_folders_of_the_machine():
         "data.eval_dataset_name": "s3://my-bucket/test.jsonl",
         "data.cache_dir": "/home/me/cache",
         "run.output_dir": "/home/me/runs/1",
+        "run.compile_cache_dir": "/home/me/programs",
     }
     kept = {"model.chat_template": template, "optim.learning_rate": 2.5e-7, "run.hub_model_id": "lab/model"}
     card = card_of("/home/me/llama", overrides=private | kept)

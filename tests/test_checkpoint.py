@@ -9,7 +9,7 @@ from repo_jax.checkpoint import Checkpoints, restore_params
 from repo_jax.models.config import DecoderConfig
 from repo_jax.models.decoder import param_shapes
 from repo_jax.sharding import make_mesh
-from repo_jax.state import initial_state, state_shapes, state_shardings
+from repo_jax.state import TrainState, initial_state, state_shapes, state_shardings
 
 CFG = DecoderConfig.from_hf(STORIES)
 OPTIMIZER = optax.adamw(1e-2)
@@ -25,7 +25,11 @@ def state_on(mesh):
 def advance(state):
     """An update with a made-up gradient, so that moments and counters are not zero."""
     updates, opt_state = OPTIMIZER.update(jax.tree.map(jnp.sin, state.params), state.opt_state, state.params)
-    return state._replace(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+    params, active_2 = (
+        optax.apply_updates(state.params, updates),
+        jnp.stack([state.active_2[1], 0.9 * state.active_2[1]]),
+    )
+    return TrainState(state.step + 1, params, opt_state, active_2)
 
 
 def assert_bit_for_bit(one, other):

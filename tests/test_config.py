@@ -14,7 +14,7 @@ from repo_jax.data.schema import SCHEMAS
 
 MODEL = "model: {model_name_or_path: some/model}\n"
 SECTION_NAMES = "model, data, loss, optim, mesh, run"
-RUN_FIELDS = "output_dir, seed, logging_steps, eval_steps, save_steps, save_total_limit, push_to_hub, hub_model_id, hub_revision, hub_private_repo"
+RUN_FIELDS = "output_dir, seed, logging_steps, eval_steps, save_steps, profile_steps, compile_cache_dir, save_total_limit, push_to_hub, hub_model_id, hub_revision, hub_private_repo"
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ MISTAKES = {
     "optim: {lr_scheduler_type: cos}": "recipe.optim.lr_scheduler_type='cos'; choose one of 'cosine', 'linear', 'constant'",
     "optim: {optim: adamw_torch}": "recipe.optim.optim='adamw_torch'; choose one of 'adamw', 'adafactor', 'lion'",
     "optim: {moment_dtype: float16}": "recipe.optim.moment_dtype='float16'; choose one of 'float32', 'bfloat16'",
-    "model: {model_name_or_path: m, remat: true}": "recipe.model.remat=True; choose one of 'none', 'dots', 'full'",
+    "model: {model_name_or_path: m, remat: true}": "recipe.model.remat=True; choose one of 'none', 'dots', 'attention', 'full', 'offload'",
     "data: {schema: pairs}": "recipe.data.schema='pairs'; choose one of 'auto', 'explicit', 'implicit', 'hh', 'unpaired', 'conversations'",
     "data: {on_bad_rows: drop}": "recipe.data.on_bad_rows='drop'; choose one of 'error', 'skip'",
     "data: {compat: simpo}": "recipe.data.compat='simpo'; choose one of 'none', 'official'",
@@ -181,6 +181,20 @@ MISTAKES = {
     "optim: {optim: adafactor, moment_dtype: bfloat16}": "moment_dtype=bfloat16 but adafactor keeps no first moment; leave moment_dtype out",
     "optim: {optim: lion, moment_dtype: bfloat16}": "moment_dtype=bfloat16 but adam_beta2=0.999: a moment that changes by less than 1/256 of itself does not change in bfloat16; lower adam_beta2 to at most 0.99, or leave moment_dtype out",
     "optim: {adam_beta1: 0.999, moment_dtype: bfloat16}": "moment_dtype=bfloat16 but adam_beta1=0.999: a moment that changes by less than 1/256 of itself does not change in bfloat16; lower adam_beta1 to at most 0.99, or leave moment_dtype out",
+    # the forms of an update and of attention
+    "optim: {mode: two}": "recipe.optim.mode='two'; choose one of 'auto', 'direct', 'two_pass'",
+    "optim: {mode: two_pass, two_pass_below: 0.5}": "two_pass_below=0.5 but mode=two_pass; leave one of them out",
+    "optim: {mode: direct, two_pass_below: 0}": "two_pass_below=0 but mode=direct; leave one of them out",
+    "optim: {two_pass_below: 1.5}": "recipe.optim.two_pass_below=1.5; wanted less than or equal to 1",
+    "model: {model_name_or_path: m, attn_implementation: sdpa}": "recipe.model.attn_implementation='sdpa'; choose one of 'auto', 'dense', 'blocked', 'splash', 'flash'",
+    "data: {rows_per_device: 0}": "recipe.data.rows_per_device=0; wanted greater than or equal to 1",
+    "data: {slots_per_device: 2}": "recipe.data.slots_per_device=2; wanted greater than or equal to 3",
+    # what is traced
+    **{
+        f"run: {{profile_steps: '{text}'}}": f"profile_steps='{text}'; give the first and the last update to trace, such as 10-12"
+        for text in ("10", "0-2", "12-10", "a-b", "1-", "-3", "1-2-3", "")
+    },
+    "run: {profile_steps: 10}": "recipe.run.profile_steps=10; wanted a valid string",
     # the mesh
     "mesh: {data: -1}": "only one mesh axis may be -1, given data=-1 fsdp=-1 tensor=1; name a number for the others",
     "mesh: {tensor: 0}": "mesh.tensor=0; give a number of devices from 1, or -1 for those that are left",

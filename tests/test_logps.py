@@ -3,17 +3,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from examples import ROOT, STORIES, TINY, pair_of, random_pairs, random_params, stories, tokens
+from examples import ROOT, STORIES, TINY, equations_of, pair_of, random_pairs, random_params, stories, tokens
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from oracles.decoder import next_token_logps
 
-from repo_jax import logps
 from repo_jax.data.rows import RowShape, row_batches
 from repo_jax.data.weights import ld, temporal_decay
-from repo_jax.logps import pair_logps, token_logps
+from repo_jax.logps import Head, Softmax, pair_logps, token_logps, weighted_sum
 from repo_jax.models.decoder import Decoder
 from repo_jax.models.hf import hf_tensors
+from repo_jax.sharding import BATCH, make_mesh
 
 SHAPE = RowShape(R=4, T=64, S=48)
+SMALL = Softmax(forward_chunk=48, backward_chunk=28)  # tokens, of few rows
 
 
 def scored(model, params, pairs, shape=SHAPE):
@@ -41,70 +44,130 @@ def assert_same(one, other):
     assert np.linalg.norm(flat - other_flat) <= 1e-5 * np.linalg.norm(flat)
 
 
-def naive_token_logps(source_RSD, head_VD, targets_RS):
-    logits_RSV = jnp.einsum("RSD,VD->RSV", source_RSD, head_VD)
-    return jnp.take_along_axis(jax.nn.log_softmax(logits_RSV), targets_RS[..., None], axis=-1)[..., 0]
-
-
-@pytest.mark.parametrize("S", [1, 96, 128, 200, 300])
-def test_chunked_head_equals_log_softmax_of_all_logits_in_value_and_gradient(S):
+def head_inputs(S, *, R=2, V=50, padded_V=50, D=16):
+    """Hidden states, a head, targets and slopes of a loss at their log-probs."""
     rng = np.random.default_rng(0)
-    source, head, weights = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, S, 16), (50, 16), (2, S)))
-    targets = jnp.asarray(rng.integers(50, size=(2, S)))
-
-    def of(fn):
-        value = jax.value_and_grad(lambda x, w: (weights * fn(x, w, targets)).sum(), argnums=(0, 1))
-        return jax.tree.leaves(value(source, head))
-
-    for ours, plain in zip(of(token_logps), of(naive_token_logps), strict=True):
-        np.testing.assert_allclose(ours, plain, rtol=2e-5, atol=1e-4)
+    source, head, slopes = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((R, S, D), (padded_V, D), (R, S)))
+    return source, head, jnp.asarray(rng.integers(V, size=(R, S))), slopes
 
 
-@pytest.mark.parametrize("cap", [None, 3.0])
-def test_rows_that_pad_the_vocabulary_and_the_soft_cap_are_those_of_the_plain_form(cap):
-    rng = np.random.default_rng(0)
-    source, head = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 9, 16), (64, 16)))
-    targets, weights = jnp.asarray(rng.integers(50, size=(2, 9))), jnp.asarray(rng.normal(size=(2, 9)), jnp.float32)
+def naive_weighted(source, head, targets, slopes, V=50, cap=None):
+    logits = jnp.einsum("RSD,VD->RSV", source, head[:V])
+    logits = logits if cap is None else cap * jnp.tanh(logits / cap)
+    return (slopes * jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]).sum()
 
-    def naive(x, w):
-        logits = jnp.einsum("RSD,VD->RSV", x, w[:50])
-        logits = logits if cap is None else cap * jnp.tanh(logits / cap)
-        return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
 
-    def of(fn):
-        return jax.tree.leaves(
-            jax.value_and_grad(lambda x, w: (weights * fn(x, w)).sum(), argnums=(0, 1))(source, head)
+FORMS = {
+    "token_logps": lambda source, head, targets, slopes, **used: (
+        slopes * token_logps(source, head, targets, **used)
+    ).sum(),
+    "weighted_sum": weighted_sum,
+}
+
+
+def assert_a_head_equals_the_naive_one(form, softmax, inputs, *, V=50):
+    """The sum of slopes times log-probs, and its gradients at sources and head."""
+    source, head, targets, slopes = inputs
+
+    @jax.jit
+    def ours(source, head, targets, slopes):
+        return jax.value_and_grad(lambda x, w: 3 * FORMS[form](x, Head(w, softmax), targets, slopes), (0, 1))(
+            source, head
         )
 
-    ours = of(lambda x, w: token_logps(x, w, targets, vocab=50, cap=cap))
-    for mine, plain in zip(ours, of(naive), strict=True):
-        np.testing.assert_allclose(mine, plain, rtol=2e-5, atol=1e-5)
-    assert not ours[2][50:].any()
+    value, (dsource, dhead) = ours(*inputs)
+    wanted = jax.value_and_grad(lambda x, w: 3 * naive_weighted(x, w, targets, slopes, V, softmax.cap), (0, 1))
+    wanted_value, (wanted_dsource, wanted_dhead) = wanted(source, head)
+    np.testing.assert_allclose(value, wanted_value, rtol=2e-5, atol=1e-4)
+    np.testing.assert_allclose(dsource, wanted_dsource, rtol=2e-5, atol=1e-5)
+    np.testing.assert_allclose(dhead, wanted_dhead, rtol=2e-5, atol=1e-4)
+    assert not np.asarray(dhead)[V:].any()
 
 
-def arrays_of(jaxpr):
-    """The shape of everything a program computes, loops and calls included."""
-    for equation in jaxpr.eqns:
-        yield from (variable.aval.shape for variable in equation.outvars)
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else [value]:
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from arrays_of(inner)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "S, forward, backward", [(1, 1, 1), (96, 48, 64), (37, 20, 14), (37, 14, 20), (37, 1, 3), (200, 1000, 1000)]
+)
+def test_chunked_head_equals_log_softmax_of_all_logits_in_value_and_gradient(form, S, forward, backward):
+    softmax = Softmax(forward_chunk=forward, backward_chunk=backward)
+    assert_a_head_equals_the_naive_one(form, softmax, head_inputs(S))
 
 
-def test_the_head_never_makes_or_keeps_more_logits_than_a_chunk():
-    source, head = jnp.ones((2, 512, 16)), jnp.ones((1000, 16))
-    targets = jnp.zeros((2, 512), jnp.int32)
-    jaxpr = jax.make_jaxpr(jax.grad(lambda w: token_logps(source, w, targets).sum()))(head)
-    sizes = [int(np.prod(shape)) for shape in arrays_of(jaxpr.jaxpr)]
-    assert max(sizes) == 2 * logps.CHUNK * 1000
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_rows_that_pad_the_vocabulary_and_the_soft_cap_are_those_of_the_plain_form(form, cap):
+    assert_a_head_equals_the_naive_one(form, SMALL._replace(vocab=50, cap=cap), head_inputs(37, padded_V=64))
 
 
-def test_a_bfloat16_source_still_gives_float32_log_probs_and_head_gradient():
-    source, head = jnp.ones((1, 4, 16), jnp.bfloat16), jnp.ones((50, 16))
-    value, grad = jax.value_and_grad(lambda w: token_logps(source, w, jnp.zeros((1, 4), jnp.int32)).sum())(head)
-    assert value.dtype == grad.dtype == jnp.float32
+@pytest.mark.parametrize("form", FORMS)
+def test_the_head_on_a_mesh_equals_that_on_one_device(form):
+    mesh = make_mesh(2, 2, 2)
+    source, head, targets, slopes = head_inputs(37, R=8, padded_V=64)
+    rows = NamedSharding(mesh, BATCH)
+    inputs = (
+        jax.device_put(source, rows),
+        jax.device_put(head, NamedSharding(mesh, P("tensor", "fsdp"))),
+        *jax.device_put((targets, slopes), rows),
+    )
+    with jax.set_mesh(mesh):
+        # 28 tokens a device are 14 of each of its two rows.
+        assert_a_head_equals_the_naive_one(form, SMALL._replace(vocab=50, cap=3.0), inputs)
+
+
+@pytest.mark.parametrize(
+    "form, forward, backward, most",
+    [("token_logps", 64, 32, 64), ("token_logps", 32, 64, 64), ("weighted_sum", 512, 64, 64)],
+)
+def test_the_head_never_makes_or_keeps_more_logits_than_a_chunk(form, forward, backward, most):
+    source, _, targets, slopes = head_inputs(512, V=1000)
+    softmax = Softmax(forward_chunk=forward, backward_chunk=backward)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda w: FORMS[form](source, Head(w, softmax), targets, slopes)))
+    equations = equations_of(jaxpr(jnp.ones((1000, 16))).jaxpr)
+    assert max(variable.aval.size for equation in equations for variable in equation.outvars) == most * 1000
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("used", [0, 1, 14, 30])
+def test_the_head_is_not_applied_to_chunks_that_no_row_uses(form, used):
+    source, head, targets, slopes = head_inputs(37)
+    slopes = slopes.at[:, used:].set(0)
+    softmax = Softmax(forward_chunk=14, backward_chunk=14)  # 7 of each row
+    ends = -(-used // 7) * 7
+
+    @jax.jit
+    def ours(source, head, used):
+        return jax.value_and_grad(
+            lambda x, w: FORMS[form](x, Head(w, softmax), targets, slopes, used=used), argnums=(0, 1)
+        )(source, head)
+
+    # What is not a number reaches nothing: 0 times it would.
+    value, (dsource, dhead) = ours(source.at[:, ends:].set(jnp.nan), head, used)
+    wanted = jax.value_and_grad(lambda x, w: naive_weighted(x, w, targets, slopes), (0, 1))
+    wanted_value, (wanted_dsource, wanted_dhead) = wanted(source, head)
+    np.testing.assert_allclose(value, wanted_value, rtol=2e-5, atol=1e-4)
+    np.testing.assert_allclose(dsource, wanted_dsource, rtol=2e-5, atol=1e-5)
+    np.testing.assert_allclose(dhead, wanted_dhead, rtol=2e-5, atol=1e-4)
+
+
+def test_a_weighted_sum_takes_three_products_with_the_head_where_log_probs_and_their_backward_take_four():
+    source, head, targets, slopes = head_inputs(512)
+
+    def products(form):
+        softmax = Softmax(forward_chunk=64, backward_chunk=64)
+        gradient = jax.grad(lambda x, w: FORMS[form](x, Head(w, softmax), targets, slopes), (0, 1))
+        names = [equation.primitive.name for equation in equations_of(jax.make_jaxpr(gradient)(source, head).jaxpr)]
+        return names.count("dot_general")
+
+    assert {form: products(form) for form in FORMS} == {"token_logps": 4, "weighted_sum": 3}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_bfloat16_source_still_gives_float32_log_probs_and_head_gradient(form):
+    source, head, targets = jnp.ones((1, 4, 16), jnp.bfloat16), jnp.ones((50, 16)), jnp.zeros((1, 4), jnp.int32)
+    value, grads = jax.value_and_grad(lambda x, w: FORMS[form](x, Head(w), targets, jnp.ones((1, 4))), (0, 1))(
+        source, head
+    )
+    assert [value.dtype, *(grad.dtype for grad in grads)] == [jnp.float32, jnp.bfloat16, jnp.float32]
     np.testing.assert_allclose(value, 4 * -np.log(50), rtol=1e-6)
 
 
@@ -123,7 +186,7 @@ def test_float32_log_probs_of_the_real_model_equal_its_reference():
             {"params": params}, batch.tokens_RT, batch.positions_RT, batch.segments_RT, batch.prompts_RT
         )
         source = jnp.take_along_axis(hidden, batch.sources_RS[..., None], axis=1)
-        ours = np.asarray(token_logps(source, params["embed_VD"], batch.targets_RS))[0, : len(ids) - 1]
+        ours = np.asarray(token_logps(source, Head(params["embed_VD"]), batch.targets_RS))[0, : len(ids) - 1]
         np.testing.assert_allclose(ours, sequence["logprob"], atol=1e-4)
         result = pair_logps(model, {"params": params}, batch)
         np.testing.assert_allclose(result.mean_B2[0, 0], sequence["mean_logprob"], atol=1e-4)
@@ -151,10 +214,12 @@ def test_a_packed_pair_scores_as_each_answer_alone_after_its_prompt():
 def test_packed_equals_padded():
     params, pairs = random_params(TINY), random_pairs(7, V=TINY.V)
     model = Decoder(TINY, jnp.float32)
-    rows = sum(int(batch.tokens_RT.any(axis=1).sum()) for batch in row_batches(pairs, SHAPE))
-    assert rows < len(pairs)  # so some pairs do share a row
+    shape = SHAPE._replace(R=1)  # more rows at a time are all used, a pair in each
+    assert len(row_batches(pairs, shape)) < len(pairs)  # so some pairs do share a row
     alone = [scored(model, params, [pair], RowShape(1, 60, 40))[1].logps_B2 for pair in pairs]
-    np.testing.assert_allclose(scored(model, params, pairs)[1].logps_B2, np.concatenate(alone), rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(
+        scored(model, params, pairs, shape)[1].logps_B2, np.concatenate(alone), rtol=1e-5, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(

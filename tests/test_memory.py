@@ -189,6 +189,15 @@ def test_an_evaluation_is_not_told_how_to_train():
     ]
 
 
+@pytest.mark.parametrize("platform, usual", [("tpu", 8192), ("cpu", 2048)])
+def test_where_rows_are_suggested_fewer_slots_make_them_fewer(platform, usual):
+    for given, now in ((None, usual), (3000, 3000)):
+        suggested = recipe(data__rows_per_device=None, data__slots_per_device=given)
+        assert what_helps(suggested, mesh_of(platform=platform), FULL)[0] == (
+            f"slots_per_device: {now // 2} (now {now}; the same result in more passes)"
+        )
+
+
 def test_where_the_state_alone_has_no_room_fewer_rows_are_no_advice():
     assert what_helps(recipe(), mesh_of(limit=80 * GIB), FULL)[0] == "moment_dtype: bfloat16 (saves 15.00 GiB)"
     assert what_helps(recipe(), mesh_of(limit=121 * GIB), FULL)[0].startswith("rows_per_device")

@@ -4,12 +4,13 @@ import types
 import jax
 import numpy as np
 import pytest
-from examples import ASSETS, STORIES
+from examples import ASSETS, STORIES, TINY
 
-from repo_jax.config import to_recipe
+from repo_jax import preparation
+from repo_jax.config import ModelSection, to_recipe
 from repo_jax.models.config import DecoderConfig
 from repo_jax.models.lora import adapter_shapes, save_adapter
-from repo_jax.preparation import compute_dtype, set_up
+from repo_jax.preparation import compute_dtype, keep_programs, kernel_of, set_up
 
 
 def device(platform, **attributes):
@@ -33,6 +34,49 @@ def test_auto_is_bfloat16_where_the_hardware_is_fast_at_it(on, dtype):
     assert compute_dtype("float32", on) == "float32"
 
 
+@pytest.mark.parametrize(
+    "platform, devices, kernel, of_rewards",
+    [
+        ("tpu", 1, "splash", "dense"),
+        ("tpu", 4, "splash", "dense"),
+        ("gpu", 1, "flash", "dense"),
+        ("gpu", 8, "flash", "dense"),
+        ("cpu", 1, "blocked", "blocked"),
+        ("cpu", 8, "dense", "dense"),
+    ],
+)
+def test_auto_is_the_fastest_kernel_and_reward_models_whose_rows_have_no_views_get_one_that_needs_none(
+    platform, devices, kernel, of_rewards
+):
+    mesh = types.SimpleNamespace(devices=np.array([device(platform)] * devices).reshape(1, -1, 1), size=devices)
+    rewards = dataclasses.replace(TINY, labels=1)
+    assert kernel_of(ModelSection(model_name_or_path="m"), TINY, mesh) == kernel
+    assert kernel_of(ModelSection(model_name_or_path="m"), rewards, mesh) == of_rewards
+    for name in ("dense", "blocked", "splash", "flash"):
+        given = ModelSection(model_name_or_path="m", attn_implementation=name)
+        assert kernel_of(given, TINY, mesh) == name
+        assert kernel_of(given, rewards, mesh) == ("dense" if name in ("splash", "flash") else name)
+
+
+@pytest.mark.parametrize(
+    "backend, folder, told, kept",
+    [
+        ("tpu", "mine", None, {"jax_compilation_cache_dir": "mine"}),
+        ("gpu", "mine", None, {"jax_compilation_cache_dir": "mine"}),
+        ("gpu", "mine", "already", {}),
+        ("gpu", None, None, {}),
+        ("cpu", "mine", None, {}),
+    ],
+)
+def test_programs_for_accelerators_are_kept_unless_jax_is_told_where(monkeypatch, backend, folder, told, kept):
+    updated = {}
+    config = types.SimpleNamespace(jax_compilation_cache_dir=told, update=updated.__setitem__)
+    fake = types.SimpleNamespace(config=config, default_backend=lambda: backend)
+    monkeypatch.setattr(preparation, "jax", fake)
+    keep_programs(folder)
+    assert updated == kept
+
+
 def recipe(tmp_path, **sections):
     data = {"eval_dataset_name": str(ASSETS / "preferences"), "cache_dir": str(tmp_path)}
     template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -52,6 +96,56 @@ def test_evaluations_without_held_out_pairs_are_refused(tmp_path):
     data = {"dataset_name": str(ASSETS / "preferences" / "train.jsonl"), "cache_dir": str(tmp_path)}
     with pytest.raises(ValueError, match="eval_steps=5 but there are no held-out pairs; give eval_dataset_name"):
         set_up(recipe(tmp_path, data=data, run={"eval_steps": 5}), training=True)
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        (
+            {"attn_implementation": "splash"},
+            "attn_implementation=splash runs on TPUs but the devices are cpus; leave it at auto",
+        ),
+        (
+            {"attn_implementation": "blocked"},
+            "attn_implementation=blocked is for one CPU device but there are 8 of cpu; leave it at auto",
+        ),
+        (
+            {"remat": "offload"},
+            "remat=offload moves what is kept to the host's memory, where a CPU has it already; choose full",
+        ),
+    ],
+    ids=str,
+)
+def test_what_the_devices_cannot_do_is_refused_in_one_line(tmp_path, model, message):
+    tree = recipe(tmp_path)
+    with pytest.raises(ValueError) as refused:
+        set_up(dataclasses.replace(tree, model=dataclasses.replace(tree.model, **model)), training=False)
+    assert str(refused.value) == message
+
+
+def test_rows_are_suggested_for_the_devices_and_obey_what_is_given(tmp_path):
+    def shapes(**data):
+        data |= {"dataset_name": str(ASSETS / "preferences"), "cache_dir": str(tmp_path)}
+        return (
+            setup := set_up(recipe(tmp_path, data=data, optim={"train_batch_size": 64}), training=True)
+        ).shapes, setup
+
+    suggested, setup = shapes()
+    assert all(shape.R % 8 == 0 and shape.Y == 0 for shape in suggested)
+    largest = suggested[0]
+    for store in (setup.train, setup.held_out):
+        assert store.slots.max() <= largest.T and store.scored.sum(axis=1).max() <= largest.S
+    assert all(shape.R <= largest.R and shape.T <= largest.T for shape in suggested)
+    given, _ = shapes(row_length=1024, rows_per_device=2)
+    assert given[0].T == 1024 and {shape.R for shape in given} == {16}
+    with pytest.raises(ValueError, match=r"slots \(prompt .* but row_length is 8; raise row_length to"):
+        shapes(row_length=8)
+
+
+def test_adapters_with_dropout_are_trained_in_direct_form_where_the_mode_is_auto(tmp_path):
+    optim = adapters(tmp_path, lora_dropout=0.5, mode="auto").recipe.optim
+    assert (optim.mode, optim.two_pass_below) == ("direct", None)
+    assert adapters(tmp_path, mode="auto").recipe.optim.mode == "auto"
 
 
 @pytest.fixture

@@ -29,7 +29,8 @@ def make_log(path, start=0, *, total=4, every=1, **model):
 
 
 def metrics(loss, grad_norm=1.0, active=1.0):
-    values = {"loss": loss, "grad_norm": grad_norm, "rewards/accuracies": 0.5, "active_fraction": active}
+    values = {"loss": loss, "grad_norm": grad_norm, "rewards/accuracies": 0.5, "active_fraction": 1.0}
+    values["active_token_fraction"] = active
     return {name: jnp.float32(value) for name, value in values.items()}
 
 
@@ -183,7 +184,7 @@ def test_a_run_is_described_with_what_became_of_every_row(tmp_path):
         hparams={"beta": 2.0, "gamma": 0.25},
         train=store("train.jsonl", rows, truncation="keep_end"),
         held_out=store("test.jsonl", rows[4:]),
-        shape=RowShape(4, 128, 64),
+        shapes=(RowShape(4, 256, 128), RowShape(4, 128, 64)),
         mesh=types.SimpleNamespace(shape={"data": 1, "fsdp": 8}),
         total_steps=3,
     )
@@ -193,7 +194,7 @@ def test_a_run_is_described_with_what_became_of_every_row(tmp_path):
         "  warning: 1 of 5 rows dropped (20.0%), pairs with an empty answer or an empty prompt: row-1",
         "  warning: 1 of 5 rows kept (20.0%), pairs that were cut to max_length or max_prompt_length: row-3",
         f"held-out: 1 pairs of {tmp_path / 'test.jsonl'} (explicit, texts)",
-        "3 updates of 2 pairs, 4 rows of 128 slots (64 scored) at a time, on data 1 x fsdp 8",
+        "3 updates of 2 pairs, in rows of 4 x 256 slots (128 scored) or 4 x 128 slots (64 scored) at a time, on data 1 x fsdp 8",
     ]
     data = DataSection(truncation="keep_end", max_length=64, use_poet=True, dataset_name="a.jsonl", row_length=128)
     setup.recipe = dataclasses.replace(setup.recipe, data=data)

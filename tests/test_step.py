@@ -17,7 +17,7 @@ from repo_jax.models.decoder import Decoder, param_shapes
 from repo_jax.models.lora import adapter_shapes
 from repo_jax.sharding import make_mesh
 from repo_jax.state import TrainState, initial_state, state_shapes, state_shardings
-from repo_jax.step import Scorer, TrainStep
+from repo_jax.step import Scorer, TrainStep, break_even
 
 LOSSES = {"repo": {"gamma": 0.5}, "simpo": {"beta": 2.0, "gamma": 0.25}}
 
@@ -34,7 +34,7 @@ def sixteen_pairs():
     return [pair_of(rng, n, V=512, name=f"pair {i}") for i, n in enumerate(lengths)]
 
 
-def make_step(loss_type="repo", *, mesh=None, shape=None, mode="direct", optimizer=None, **hparams):
+def make_step(loss_type="repo", *, mesh=None, shape=None, mode="direct", below=None, optimizer=None, **hparams):
     cfg, params = real_model() if mesh is None else stories(mesh)
     mesh = mesh or one_device()
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -43,8 +43,9 @@ def make_step(loss_type="repo", *, mesh=None, shape=None, mode="direct", optimiz
     optimizer = optimizer or optax.sgd(1.0)
     shapes = state_shapes(param_shapes(cfg), optimizer)
     shardings = state_shardings(shapes, optimizer, mesh)
-    scorer = Scorer(model, loss, hparams, mesh, shape or RowShape(rows, 128, 96))
-    return TrainStep(scorer, model, loss, optimizer, shardings, mode=mode), params, optimizer, shardings
+    scorer = Scorer(model, loss, hparams, mesh, [shape or RowShape(rows, 128, 96)])
+    step = TrainStep(scorer, model, loss, optimizer, shardings, mode=mode, two_pass_below=below)
+    return step, params, optimizer, shardings
 
 
 def flat(tree):
@@ -61,7 +62,7 @@ def reference(loss_type):
 def assert_equals_reference(loss_type, grads, metrics):
     wanted_grads, wanted = reference(loss_type)
     for name, value in wanted.items():
-        if name != "padding_fraction":
+        if name not in ("padding_fraction", "two_pass"):
             np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
     difference = np.linalg.norm(flat(grads) - flat(wanted_grads)) / np.linalg.norm(flat(wanted_grads))
     assert difference <= 1e-5, f"gradients differ by {difference:.2g} of their norm"
@@ -148,11 +149,106 @@ def test_once_all_margins_pass_gamma_the_gradient_is_zero_and_the_update_still_r
     optimizer = optax.adamw(1e-2, weight_decay=0.1)
     step, params, optimizer, shardings = make_step(mode=mode, gamma=-100.0, optimizer=optimizer)
     grads, metrics = step.mean_grads(params, sixteen_pairs())
-    assert metrics["loss"] == metrics["active_fraction"] == 0 and not flat(grads).any()
+    assert metrics["loss"] == metrics["active_fraction"] == metrics["active_token_fraction"] == 0
+    assert not flat(grads).any()
     before = flat(params)
     state, metrics = step(initial_state(jax.tree.map(jnp.copy, params), optimizer, shardings), sixteen_pairs())
     assert state.step == 1 and metrics["grad_norm"] == 0
     np.testing.assert_allclose(flat(state.params), before * (1 - 1e-3), rtol=1e-5)  # decay alone moved them
+
+
+# The choice between the two forms
+
+
+def test_forms_cost_the_same_where_they_break_even():
+    """In forward passes: direct is 3 and what it computes again for every token, two_pass 1 and the same for active ones."""
+    for remat, again in {"none": 0, "dots": 0.1, "attention": 0.9, "full": 1, "offload": 1}.items():
+        assert 1 + (3 + again) * break_even(remat) == pytest.approx(3 + again)
+
+
+def updates(step, state, n):
+    """The states before and after each of n updates, on the host, and their metrics."""
+    states, logged = [jax.device_get(state)], []
+    for k in range(len(states) - 1, n):
+        start = int(states[0].step) + k
+        state, metrics = step(state, sixteen_pairs()[start % 5 :] + sixteen_pairs()[: start % 5])
+        states.append(jax.device_get(state))
+        logged.append({name: float(value) for name, value in metrics.items()})
+    return states, logged
+
+
+def begin(**options):
+    step, params, optimizer, shardings = make_step(**options)
+    return step, initial_state(jax.tree.map(jnp.copy, params), optimizer, shardings)
+
+
+@pytest.mark.parametrize(
+    "below, forms",
+    [
+        # The running share is 1, 0.9, 0.81, 0.729, 0.656 after 0, 1, ... updates; that of the update before last counts.
+        (None, [0, 0, 0, 0, 1, 1]),  # full remat breaks even at 0.75
+        (0.85, [0, 0, 0, 1, 1, 1]),
+        (1.0, [0, 0, 1, 1, 1, 1]),
+        (0.0, [0, 0, 0, 0, 0, 0]),
+    ],
+)
+def test_auto_begins_direct_and_takes_two_passes_once_the_share_of_the_update_before_last_is_low(below, forms):
+    states, logged = updates(*begin(mode="auto", below=below, gamma=-100.0), 6)  # no pair is ever active
+    assert [line["two_pass"] for line in logged] == forms
+    np.testing.assert_allclose([state.active_2[1] for state in states], 0.9 ** np.arange(7), rtol=1e-6)
+
+
+def test_auto_follows_the_share_of_tokens_that_is_active_and_trains_as_direct_does():
+    options = {"gamma": 0.1, "optimizer": optax.adam(1e-3, eps=1e-4)}
+    states, logged = updates(*begin(mode="auto", below=0.9, **options), 6)
+    running = [1.0, 1.0]
+    assert 0 < logged[0]["active_token_fraction"] < 0.9
+    for line in logged:
+        assert line["two_pass"] == (running[-2] < 0.9)
+        running.append(0.9 * running[-1] + 0.1 * line["active_token_fraction"])
+    assert [line["two_pass"] for line in logged][::5] == [0, 1]
+    direct_states, direct = updates(*begin(mode="direct", **options), 6)
+    assert not any(line["two_pass"] for line in direct)
+    np.testing.assert_allclose([x["loss"] for x in logged], [x["loss"] for x in direct], rtol=1e-4)
+    moved = np.linalg.norm(flat(direct_states[-1].params) - flat(direct_states[0].params))
+    assert np.linalg.norm(flat(states[-1].params) - flat(direct_states[-1].params)) <= 1e-4 * moved
+
+
+def test_a_run_that_goes_on_from_any_update_takes_the_same_forms_to_the_same_weights():
+    options = {"mode": "auto", "below": 0.9, "gamma": 0.1, "optimizer": optax.adam(1e-3)}
+    states, logged = updates(*begin(**options), 6)
+    assert {line["two_pass"] for line in logged} == {0, 1}
+    for start in (1, 2, 3, 5):
+        step, _, _, shardings = make_step(**options)
+        resumed_states, resumed = updates(step, jax.device_put(states[start], shardings), 6 - start)
+        assert resumed == logged[start:]
+        np.testing.assert_array_equal(flat(resumed_states[-1]), flat(states[-1]))
+
+
+def test_an_objective_whose_gradient_is_nowhere_zero_stays_direct():
+    states, logged = updates(*begin(loss_type="simpo", mode="auto"), 6)
+    assert [line["two_pass"] for line in logged] == [0] * 6
+    np.testing.assert_allclose(states[-1].active_2, 1)
+
+
+def test_the_form_of_a_gradient_can_be_named_whatever_the_mode():
+    step, params, _, _ = make_step(mode="auto")
+    for form in ("direct", "two_pass"):
+        grads, metrics = step.mean_grads(params, sixteen_pairs(), form=form)
+        assert metrics["two_pass"] == (form == "two_pass")
+        assert_equals_reference("repo", grads, metrics)
+    assert step.mean_grads(params, sixteen_pairs())[1]["two_pass"] == 0
+
+
+def test_a_scored_token_is_active_if_its_answers_log_prob_has_a_slope():
+    step, params, _, _ = make_step()
+    pairs = sixteen_pairs()
+    scored = step._scorer({"params": params}, row_batches(pairs, RowShape(1, 128, 96)))
+    active_B = np.asarray(scored.mean_margin_B) < 0.5
+    tokens_B = np.array([pair.scored for pair in pairs])
+    metrics = step.mean_grads(params, pairs)[1]
+    np.testing.assert_allclose(metrics["active_token_fraction"], tokens_B[active_B].sum() / tokens_B.sum(), rtol=1e-6)
+    assert metrics["active_token_fraction"] != metrics["active_fraction"]
 
 
 def test_three_updates_on_eight_devices_end_where_three_on_one_do():
@@ -199,7 +295,7 @@ def adapted_step(*, mesh=None, mode="direct", shape=None, dropout=0.0, seed=0):
     loss, hparams = make_loss("repo", gamma=0.5)
     model, optimizer = Decoder(cfg, jnp.float32, lora_scale=2.0, lora_dropout=dropout), optax.sgd(1.0)
     shardings = state_shardings(state_shapes(shapes, optimizer), optimizer, mesh)
-    scorer = Scorer(model, loss, hparams, mesh, shape or RowShape(rows, 128, 96))
+    scorer = Scorer(model, loss, hparams, mesh, [shape or RowShape(rows, 128, 96)])
     step = TrainStep(scorer, model, loss, optimizer, shardings, mode=mode, frozen=frozen, seed=seed)
     return step, jax.device_put(adapters, shardings.params)
 

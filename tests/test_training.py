@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
 
 import jax
 import ml_dtypes
@@ -21,10 +23,14 @@ from examples import ASSETS, ROOT, STORIES
 from repo_jax import cli
 from repo_jax.cli import main
 from repo_jax.config import load_recipe
+from repo_jax.data.batches import batch_indices
 from repo_jax.run_folder import read_metrics
-from repo_jax.training import prepare
+from repo_jax.training import batches_ahead, prepare
 
 STEPS, SAVE = 12, 5
+# What differs from one run to the next.
+TIMINGS = {"step_time", "pairs_per_second", "tokens_per_second", "tokens_per_second_per_chip"}
+TIMINGS |= {"peak_process_memory_gib", "compilations", "compile_seconds"}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +45,7 @@ def recipe(tmp_path_factory):
     tree = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text(encoding="utf-8"))
     tree["model"]["model_name_or_path"] = str(STORIES)
     tree["data"] |= {"dataset_name": str(folder / "data"), "row_length": None, "cache_dir": str(folder / "cache")}
-    tree["optim"] |= {"train_batch_size": 8, "max_steps": STEPS, "learning_rate": 1e-3}
+    tree["optim"] |= {"train_batch_size": 8, "max_steps": STEPS, "learning_rate": 1e-3, "two_pass_below": 0.9}
     tree["run"] |= {"save_steps": SAVE, "save_total_limit": 3}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")
@@ -96,7 +102,7 @@ def test_each_update_is_logged_once_under_trls_names(unbroken):
     assert [line["step"] for line in logged] == list(range(1, STEPS + 1))
     assert {"loss", "grad_norm", "learning_rate", "epoch", "rewards/chosen", "rewards/rejected", "rewards/margins",
             "rewards/accuracies", "logps/chosen", "logps/rejected", "active_fraction", "padding_fraction",
-            "pairs_per_second", "tokens_per_second"} <= logged[0].keys()  # fmt: skip
+            "active_token_fraction", "two_pass", *TIMINGS} <= logged[0].keys()  # fmt: skip
     assert [line["learning_rate"] for line in logged[:2]] == [0, pytest.approx(5e-4)] and logged[3]["epoch"] == 1.0
 
 
@@ -119,10 +125,88 @@ def test_sigkill_and_a_new_start_end_bit_for_bit_where_an_unbroken_run_does(reci
     ours, theirs = ((folder / "hf" / "model.safetensors").read_bytes() for folder in (run, unbroken[0]))
     assert ours == theirs
     for one, other in zip(lines(run), lines(unbroken[0]), strict=True):
-        timings = {"pairs_per_second", "tokens_per_second"}
-        assert {k: v for k, v in one.items() if k not in timings} == {
-            k: v for k, v in other.items() if k not in timings
+        assert {k: v for k, v in one.items() if k not in TIMINGS} == {
+            k: v for k, v in other.items() if k not in TIMINGS
         }
+
+
+def test_a_run_with_fewer_and_fewer_active_pairs_goes_over_to_two_passes(unbroken):
+    forms = [line["two_pass"] for line in lines(unbroken[0])]
+    assert forms[:2] == [0, 0] and {*forms} == {0, 1}  # so that all tests here are of both
+
+
+def test_what_a_run_computes_with_may_change_when_it_goes_on(unbroken, recipe, tmp_path):
+    run = shutil.copytree(unbroken[0], tmp_path / "run")
+    fields = {
+        "data.row_length": 1024,
+        "data.slots_per_device": 4096,
+        "optim.two_pass_below": None,
+        "optim.mode": "direct",
+    }
+    fields |= {"model.attn_implementation": "dense", "model.remat": "none", "run.profile_steps": "2-3"}
+    fields |= {"run.compile_cache_dir": None, "run.output_dir": str(run)}
+    assert prepare(load_recipe(recipe, fields)).recipe.optim.mode == "direct"
+
+
+def test_updates_are_traced_for_xprof_as_far_as_the_run_does_them(recipe, tmp_path):
+    run, flags = tmp_path / "run", ["--max_steps", "3", "--save_steps", "2"]
+    for profile_steps, said in (("2-3", "2-3"), ("1-9", "3-3")):  # the second run goes on after update 2
+        output = finished(command(recipe, run, *flags, "--profile_steps", profile_steps))
+        assert f"updates {said} are traced in {run / 'profile'}" in output
+        assert [path.stat().st_size > 0 for path in (run / "profile").rglob("*.xplane.pb")] == [True]
+        for name in ("checkpoint-3", "hf", "profile"):
+            shutil.rmtree(run / name)
+    assert "checkpoint-2: 1 of 3 updates are left" in output
+
+
+# Rows built ahead
+
+
+def ahead(start, *, total=7, rows=len):
+    """What batches_ahead yields over made-up pairs."""
+    sections = {"optim": types.SimpleNamespace(train_batch_size=3), "run": types.SimpleNamespace(seed=5)}
+    setup = types.SimpleNamespace(recipe=types.SimpleNamespace(**sections), train=range(100, 110), total_steps=total)
+    return batches_ahead(setup, types.SimpleNamespace(rows=rows), start)
+
+
+def builders():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("rows")]
+
+
+@pytest.mark.parametrize("start", range(9))
+def test_batches_built_ahead_are_those_of_their_updates_from_any_start(start):
+    built = []
+    found = list(ahead(start, rows=lambda pairs: built.append(pairs) or ("rows", *pairs)))
+    assert [k for k, _, _ in found] == list(range(start, 7))
+    for k, pairs, rows in found:
+        indices = batch_indices(k, pairs=10, train_batch_size=3, seed=5)
+        assert pairs == [100 + i for i in indices] and rows == ("rows", *pairs)
+    assert built == [pairs for _, pairs, _ in found] and not builders()
+
+
+def test_a_batch_that_cannot_be_built_stops_the_run_at_its_update_with_its_message():
+    def rows(pairs):
+        built.append(pairs)
+        if len(built) == 4:
+            raise ValueError("pair 'x' takes 9 slots but row_length is 8")
+
+    built, done = [], []
+    with pytest.raises(ValueError, match="pair 'x' takes 9 slots but row_length is 8"):
+        for k, _, _ in ahead(1, rows=rows):
+            done.append(k)
+    assert done == [1, 2, 3] and not builders()
+
+
+def test_rows_are_built_on_a_thread_at_most_two_ahead_and_a_run_that_stops_ends_it():
+    names = []
+    coming = ahead(0, total=100, rows=lambda pairs: names.append(threading.current_thread().name))
+    for used in (1, 2, 3):
+        next(coming)
+        time.sleep(0.2)
+        assert used < len(names) <= used + 2
+    assert all(name.startswith("rows") for name in names) and builders()
+    coming.close()
+    assert not builders() and len(names) <= 5
 
 
 def test_a_finished_run_started_again_trains_no_more_and_says_the_same(recipe, unbroken):
@@ -171,7 +255,7 @@ def test_export_writes_any_checkpoint_though_the_first_model_is_gone(unbroken, t
 
 
 def test_two_pass_trains_to_the_same_weights(unbroken, recipe, tmp_path):
-    finished(command(recipe, tmp_path / "run", "--mode", "two_pass"))
+    finished(command(recipe, tmp_path / "run", "--mode", "two_pass", "--two_pass_below", "null"))
     before = safetensors.numpy.load_file(STORIES / "model.safetensors")
     ours, theirs = (
         safetensors.numpy.load_file(run / "hf" / "model.safetensors") for run in (tmp_path / "run", unbroken[0])

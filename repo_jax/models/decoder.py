@@ -113,12 +113,13 @@ look_up.defvjp(_look_up_fwd, _look_up_bwd)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def multiply(axes: tuple[str, str], x, weight):
     """x times a weight over the inputs among its axes (inputs, outputs)."""
-    inputs, outputs = axes
-    return jnp.einsum(f"BT{inputs},{inputs}{outputs}->BT{outputs}", x, weight)
+    return _multiply_fwd(axes, x, weight)[0]
 
 
 def _multiply_fwd(axes, x, weight):
-    return multiply(axes, x, weight), (x, weight)
+    # The product itself, not multiply: remat policies look into this function alone.
+    inputs, outputs = axes
+    return jnp.einsum(f"BT{inputs},{inputs}{outputs}->BT{outputs}", x, weight), (x, weight)
 
 
 def _multiply_bwd(axes, residuals, g):

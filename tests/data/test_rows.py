@@ -113,12 +113,12 @@ def test_two_pairs_share_a_row():
 
 def test_arrays_are_int32_but_for_the_mask(rng):
     (batch,) = row_batches([pair_of(rng, (2, 2, 2), V=V)], RowShape(1, 8, 8))
-    *ids, filled_B, weights_RS, views_R2Y, places_RT = batch
+    *ids, filled_B, weights_RS, views_R2Y = batch
     assert {array.dtype for array in ids} == {np.dtype(np.int32)}
     assert filled_B.dtype == bool
-    assert weights_RS is views_R2Y is places_RT is None
+    assert weights_RS is views_R2Y is None
     (batch,) = row_batches([pair_of(rng, (2, 2, 2), V=V)], RowShape(1, 8, 8, 8))
-    assert batch.views_R2Y.dtype == batch.places_RT.dtype == np.int32
+    assert batch.views_R2Y.dtype == np.int32
 
 
 def test_tokens_that_are_not_scored_are_seen():
@@ -256,7 +256,7 @@ def test_every_batch_has_the_one_shape():
     assert len(batches) > 1
     for batch in batches:
         shapes = [array.shape for array in batch]
-        assert shapes == [(3, 64)] * 4 + [(3, 40)] * 3 + [(40,), (3, 40), (3, 2, 50), (3, 64)]
+        assert shapes == [(3, 64)] * 4 + [(3, 40)] * 3 + [(40,), (3, 40), (3, 2, 50)]
 
 
 def test_all_batches_but_the_last_have_all_their_rows_filled():
@@ -333,14 +333,12 @@ def test_a_view_holds_the_prompts_and_one_side_of_the_answers():
     chosen, rejected = batch.views_R2Y[0].tolist()
     assert chosen == [0, 1, 2, 3, 4, 8, 9, 10, 14, 14]
     assert rejected == [0, 1, 2, 5, 6, 7, 8, 9, 11, 12]
-    assert batch.places_RT.tolist() == [[0, 1, 2, 3, 4, 13, 14, 15, 5, 6, 7, 18, 19, 0]]
 
 
 def test_a_prompt_without_a_chosen_answer_is_only_in_the_other_view():
     good, bad = tokens([1, 2], [3, 4], []), tokens([5], [], [6, 7])
     (batch,) = row_batches([good, bad], RowShape(R=1, T=8, S=4, Y=4))
     assert batch.views_R2Y.tolist() == [[[0, 1, 2, 3], [4, 5, 6, 8]]]
-    assert batch.places_RT.tolist() == [[0, 1, 2, 3, 4, 5, 6, 0]]
 
 
 def test_causal_attention_within_segments_of_a_view_is_the_rule_of_visibility():
@@ -356,7 +354,7 @@ def test_causal_attention_within_segments_of_a_view_is_the_rule_of_visibility():
 
 def assert_views_keep_visibility(batch, r, shape):
     segments, prompts, positions = batch.segments_RT[r], batch.prompts_RT[r], batch.positions_RT[r]
-    for side, view in enumerate(batch.views_R2Y[r].tolist()):
+    for view in batch.views_R2Y[r].tolist():
         used = [slot for slot in view if slot < shape.T]
         assert view == used + [shape.T] * (shape.Y - len(used))
         assert used == sorted(set(used))
@@ -365,12 +363,7 @@ def assert_views_keep_visibility(batch, r, shape):
             visible = [t for t in range(slot + 1) if segments[t] in (segments[slot], prompts[slot])]
             assert seen == visible
             assert [positions[other] for other in seen] == list(range(len(seen)))
-            is_prompt = segments[slot] == prompts[slot]
-            assert batch.places_RT[r, slot] == side * shape.Y + entry or (is_prompt and side == 1)
-    ends = batch.views_R2Y[r].ravel()
-    for slot in range(shape.T):
-        assert segments[slot] == 0 or ends[batch.places_RT[r, slot]] == slot
-        assert segments[slot] > 0 or batch.places_RT[r, slot] == 0
+    assert {slot for slot in batch.views_R2Y[r].ravel() if slot < shape.T} == set(np.flatnonzero(segments))
 
 
 def test_a_row_takes_no_more_of_a_view_than_there_is_room_for(rng):

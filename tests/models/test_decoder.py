@@ -6,10 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from examples import STORIES, TINY, one_device, random_params
+from examples import STORIES, TINY, equations_of, one_device, random_params
 
 from repo_jax.models.config import DecoderConfig
-from repo_jax.models.decoder import REMAT, Decoder, empty_cache, look_up, next_token_logits, output_head, param_shapes
+from repo_jax.models.decoder import (
+    REMAT,
+    Decoder,
+    empty_cache,
+    look_up,
+    multiply,
+    next_token_logits,
+    output_head,
+    param_shapes,
+)
 from repo_jax.models.hf import from_hf
 from repo_jax.models.lora import adapter_shapes
 from repo_jax.sharding import param_shardings
@@ -70,15 +79,65 @@ def test_blocked_attention_equals_dense_in_value_and_gradient(cfg, T):
     assert jnp.linalg.norm(blocked_grad - dense_grad) <= 1e-5 * jnp.linalg.norm(dense_grad)
 
 
-@pytest.mark.parametrize("remat", [name for name in REMAT if name != "none"])
-def test_remat_changes_memory_not_gradients(remat):
+@pytest.mark.parametrize(
+    "axes", [("D", "NH"), ("D", "KH"), ("NH", "D"), ("D", "F"), ("F", "D")], ids=lambda axes: "->".join(axes)
+)
+def test_a_product_with_a_weight_has_the_gradients_of_autodiff(axes):
+    sizes, rng = {"B": 2, "T": 5, "D": 6, "N": 3, "K": 2, "H": 4, "F": 7}, np.random.default_rng(0)
+    inputs, outputs = axes
+
+    def draw(letters):
+        return jnp.asarray(rng.normal(size=[sizes[letter] for letter in letters]), jnp.float32)
+
+    x, weight, g = draw(f"BT{inputs}"), draw(inputs + outputs), draw(f"BT{outputs}")
+    plain, pull_plain = jax.vjp(
+        lambda *args: jnp.einsum(f"BT{inputs},{inputs}{outputs}->BT{outputs}", *args), x, weight
+    )
+    ours, pull_ours = jax.vjp(lambda *args: multiply(axes, *args), x, weight)
+    for mine, theirs in zip((ours, *pull_ours(g)), (plain, *pull_plain(g)), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+ON_CPU = [name for name in REMAT if name != "offload"]  # a CPU's memory is the host's
+
+
+@pytest.mark.parametrize("attention", ["dense", "blocked"])
+@pytest.mark.parametrize("remat", [name for name in ON_CPU if name != "none"])
+def test_remat_changes_memory_not_gradients(remat, attention):
     params, tokens = random_params(TINY), np.arange(12)
 
     def grads(remat):
-        return quickly(jax.grad(lambda params: hidden(TINY, params, tokens, remat=remat).sum()))(params)
+        return quickly(jax.grad(lambda p: hidden(TINY, p, tokens, remat=remat, attention=attention).sum()))(params)
 
     for ours, plain in zip(jax.tree.leaves(grads(remat)), jax.tree.leaves(grads("none")), strict=True):
         np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-4)
+
+
+def gradient_program(remat, attention="dense"):
+    """What a gradient takes, step by step."""
+    params, tokens = param_shapes(TINY), np.arange(12)
+    gradient = jax.grad(lambda p: hidden(TINY, p, tokens, remat=remat, attention=attention).sum())
+    return list(equations_of(jax.make_jaxpr(gradient)(params).jaxpr))
+
+
+def test_remat_attention_does_not_compute_the_attention_of_a_layer_again():
+    def loops(remat):
+        return [equation.primitive.name for equation in gradient_program(remat, "blocked")].count("while")
+
+    # The blocked kernel has one loop of unknown length in its forward pass, and one in its backward pass.
+    assert {remat: loops(remat) for remat in ON_CPU} == {"none": 2, "attention": 2, "dots": 3, "full": 3}
+
+
+def test_remat_offload_moves_each_layers_input_to_the_hosts_memory_and_back_and_nothing_else():
+    """As far as a CPU tells: it cannot run such a program."""
+
+    def moved(remat):
+        program = [equation for equation in gradient_program(remat) if equation.primitive.name == "device_put"]
+        return [(str(move.params["devices"]).lower(), move.outvars[0].aval.shape) for move in program]
+
+    (there, size), (back, size_back) = moved("offload")
+    assert "host" in there and "device" in back and size == size_back == (1, 12, TINY.D)
+    assert not moved("full")
 
 
 def test_remat_policies_differ_in_what_they_keep():
@@ -92,6 +151,17 @@ def test_remat_policies_differ_in_what_they_keep():
         return sum(leaf.size for leaf in jax.tree.leaves(pullback))
 
     assert kept("full") < kept("dots") < kept("none")
+
+
+def test_remat_attention_keeps_two_arrays_of_each_layer_more_than_full():
+    params, tokens = random_params(TINY), jnp.arange(128)[None]
+
+    def kept(remat):
+        model, ones = Decoder(TINY, jnp.float32, remat, "blocked"), jnp.ones_like(tokens)
+        _, pullback = jax.vjp(lambda p: model.apply({"params": p}, tokens, tokens, ones, ones), params)
+        return sum(leaf.size for leaf in jax.tree.leaves(pullback))
+
+    assert kept("attention") - kept("full") == TINY.L * TINY.N * 128 * (TINY.H + 1)  # outputs, and log-sums
 
 
 def test_a_tied_head_is_the_embedding_and_an_untied_one_its_own():
