@@ -6,7 +6,7 @@ python benchmarks/memory.py --topology cpu
 The model is small and lies whole on every device (mesh.data), so that nothing hides behind sharding. "rest" is the peak of the program less
 its arguments: parameters, gradients so far and the batch (Adam's moments are not among them). It is taken apart by a fit over
 vocabularies and sizes of the head's chunk: bytes for each logit of a chunk (4 are one chunk in float32) and for each number of the tied head
-(this micro-batch's own gradient of it, 4, and the head as it is multiplied, 2 in bfloat16).
+(what lives at the peak of this micro-batch's own gradient of it and of the head as it is multiplied).
 """
 
 import argparse

@@ -80,7 +80,17 @@ def main() -> None:
     if not (folder / "inputs.json").exists():  # written last
         make_inputs.make(folder, shape=a.shape, max_length=a.max_length, pairs_per_update=a.pairs_per_update)
     flags = ["--steps", str(a.steps), "--warmup", str(a.warmup)]
-    ours = [sys.executable, "-m", "repo_jax", "bench", str(folder / "recipe.yaml"), "--json", *flags]
+    ours = [
+        sys.executable,
+        "-m",
+        "repo_jax",
+        "bench",
+        str(folder / "recipe.yaml"),
+        "--json",
+        "--split_steps",
+        "0",
+        *flags,
+    ]
     ours += shlex.split(PRECISIONS[a.precision]["ours"]) + shlex.split(a.ours)
     for size in a.per_device_train_batch_size:
         theirs = [a.peer_python, str(HERE / "peers" / SCRIPTS[a.peer]), str(folder), *flags]

@@ -7,4 +7,4 @@ cd "$root"
 python -m ruff check .
 python -m ruff format --check .
 python -m pip check
-exec python -m pytest "$@"
+exec python -m pytest -n 2 --dist loadfile "$@"

@@ -33,8 +33,6 @@ from repo_jax.state import TrainState, initial_state, state_shapes, state_shardi
 from repo_jax.step import Scorer, TrainStep
 from repo_jax.stores import model_files
 
-SPLIT_STEPS = 2  # updates done in parts, after one that compiles the parts
-
 
 class Untrained(Pretrained):
     """A model of which there is a configuration alone; its weights are drawn at random, as small as before pretraining."""
@@ -78,7 +76,7 @@ class Run(NamedTuple):
     frozen: dict | None
 
 
-def bench(setup: Setup, *, steps: int, warmup: int) -> dict:
+def bench(setup: Setup, *, steps: int, warmup: int, split_steps: int) -> dict:
     """Times `steps` updates after `warmup` others, then takes a few more apart; everything it found, ready for JSON."""
     began = compiled()
     keep_programs(setup.recipe.run.compile_cache_dir)
@@ -93,7 +91,7 @@ def bench(setup: Setup, *, steps: int, warmup: int) -> dict:
         warm = compiled()
         state, measured = measure(run.step, state, batches, steps)
         late, memory = compiled().since(warm), peak_memory(setup.mesh.local_devices)
-        parts = split(setup, run, state, batches)
+        parts = split(setup, run, state, batches, split_steps) if split_steps else None
     found = {
         **about(setup),
         "steps": steps,
@@ -170,16 +168,16 @@ def measure(step: TrainStep, state: TrainState, batches: Iterator, steps: int) -
     return state, ended
 
 
-def split(setup: Setup, run: Run, state: TrainState, batches: Iterator) -> dict[str, float | str]:
+def split(setup: Setup, run: Run, state: TrainState, batches: Iterator, steps: int) -> dict[str, float]:
     """Medians of the seconds that the parts of an update take, each waited for, and how much of it needs a backward pass.
 
     `backward` is the whole gradient without scoring, which is a pass of its own in two_pass alone. The rows of second passes are built within `backward`.
     """
     taken = [_split_once(setup, run, state, batches)]  # compiles
-    for _ in range(SPLIT_STEPS):
+    for _ in range(steps):
         taken.append(_split_once(setup, run, taken[-1].pop("state"), batches))
     taken[-1].pop("state")
-    return {name: statistics.median(one[name] for one in taken[1:]) for name in taken[1]} | {"steps": SPLIT_STEPS}
+    return {name: statistics.median(one[name] for one in taken[1:]) for name in taken[1]} | {"steps": steps}
 
 
 def _split_once(setup: Setup, run: Run, state: TrainState, batches: Iterator) -> dict:
@@ -330,9 +328,12 @@ def as_text(found: dict) -> str:
         lines.append(
             f"roofline           {roof['useful_operations']:.4g} s for the useful operations, {roof['optimizer_memory']:.4g} s for the optimizer's memory"
         )
-    named = ", ".join(f"{name} {parts[name]:.3g}" for name in ("input", "score", "backward", "optimizer"))
+    if parts is not None:
+        named = ", ".join(f"{name} {parts[name]:.3g}" for name in ("input", "score", "backward", "optimizer"))
+        lines.append(
+            f"its parts          {named} s  (of other updates, each part waited for; a scoring pass takes {parts['scoring_pass']:.3g})"
+        )
     lines += [
-        f"its parts          {named} s  (of other updates, each part waited for; a scoring pass takes {parts['scoring_pass']:.3g})",
         f"peak memory        {found[memory]:.2f} GiB" + (" of the process" if "process" in memory else " on a device"),
         f"padding            {found['padding_fraction']:.1%} of all slots",
         f"active             {found['active_fraction']:.1%} of the pairs, {found['active_token_fraction']:.1%} of the scored tokens",

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import functools
 import json
 import os
 import pathlib
@@ -171,7 +172,7 @@ def bench_command(arguments, overrides) -> int:
     from repo_jax.benchmark import as_text, bench, prepare
 
     setup = checked(prepare, recipe, weights="random" if arguments.random_weights else "read")
-    found = bench(setup, steps=arguments.steps, warmup=arguments.warmup)
+    found = bench(setup, steps=arguments.steps, warmup=arguments.warmup, split_steps=arguments.split_steps)
     print(json.dumps(found, indent=2, allow_nan=False) if arguments.json else as_text(found))
     return 0
 
@@ -242,9 +243,22 @@ def parse(argv: list[str]):
     bench.add_argument("config", nargs="?", help="the recipe, a YAML file")
     bench.add_argument("--config", dest="recipe", metavar="RECIPE", help="the recipe, likewise")
     bench.add_argument("--steps", type=updates, default=10, metavar="N", help="updates to measure (default: 10)")
-    bench.add_argument("--warmup", type=updates, default=2, metavar="N", help="updates before those (default: 2)")
+    bench.add_argument(
+        "--warmup",
+        type=functools.partial(updates, least=0),
+        default=2,
+        metavar="N",
+        help="updates before those (default: 2)",
+    )
     bench.add_argument(
         "--random_weights", action="store_true", help="of the model, config.json and tokenizer are enough"
+    )
+    bench.add_argument(
+        "--split_steps",
+        type=functools.partial(updates, least=0),
+        default=2,
+        metavar="N",
+        help="updates to take apart then; 0: none (default: 2)",
     )
     bench.add_argument("--json", action="store_true", help="print everything as JSON")
     add_recipe_flags(bench)
@@ -308,9 +322,9 @@ def count(text: str) -> int:
     return int(text)
 
 
-def updates(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"'{text}' is no number of updates; give 1 or more")
+def updates(text: str, least: int = 1) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of updates; give {least} or more")
     return int(text)
 
 

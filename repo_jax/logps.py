@@ -113,9 +113,10 @@ def _groups(R: int) -> int:
 
 
 def _over_chunks(fn, carry, tokens: int, used, *arrays):
-    """A scan of fn over chunks of the [R, S, ...] arrays: (carry, [R, C, ...] each) -> (carry, a tuple of [R, C, ...]).
+    """A scan of fn over chunks of the [R, S, ...] arrays: (carry, [X, ...] each) -> (carry, a tuple of [X, ...]), X = R C.
 
-    Ends with the chunk that holds scored token `used`; what comes after is 0. Rows stay the axis that is spread over devices.
+    Ends with the chunk that holds scored token `used`; what comes after is 0. Rows stay the axis that is spread over devices. Chunks are flat:
+    with an axis of rows beside C, XLA keeps a second copy of the logits on CPUs.
     """
     R, S = arrays[0].shape[:2]
     C = min(S, max(1, tokens // (R // _groups(R))))
@@ -126,15 +127,19 @@ def _over_chunks(fn, carry, tokens: int, used, *arrays):
         return jnp.moveaxis(x_RS.reshape(R, N, C, *x_RS.shape[2:]), 1, 0)
 
     chunks = tuple(split(x_RS) for x_RS in arrays)
-    _, shapes = jax.eval_shape(fn, carry, tuple(x_NRC[0] for x_NRC in chunks))
+
+    def flat(i):
+        return tuple(x_NRC[i].reshape(R * C, *x_NRC.shape[3:]) for x_NRC in chunks)
+
+    _, shapes = jax.eval_shape(lambda carry: fn(carry, flat(0)), carry)
 
     def turn(i, state):
         carry, done = state
-        carry, new = fn(carry, tuple(x_NRC[i] for x_NRC in chunks))
-        return carry, tuple(x_NRC.at[i].set(x_RC) for x_NRC, x_RC in zip(done, new, strict=True))
+        carry, new = fn(carry, flat(i))
+        return carry, tuple(x_NRC.at[i].set(x_X.reshape(x_NRC.shape[1:])) for x_NRC, x_X in zip(done, new, strict=True))
 
     spread = functools.partial(constrain, spec=P(None, *BATCH))
-    empty = tuple(spread(jnp.zeros((N, *x_RC.shape), x_RC.dtype)) for x_RC in shapes)
+    empty = tuple(spread(jnp.zeros((N, R, C, *x_X.shape[1:]), x_X.dtype)) for x_X in shapes)
     carry, done = jax.lax.fori_loop(0, -(-used // C), turn, (carry, empty))
     return carry, tuple(_unchunk(x_NRC, S) for x_NRC in done)
 
@@ -145,43 +150,43 @@ def _unchunk(x_NRC, S: int):
     return jnp.moveaxis(x_NRC, 0, 1).reshape(R, N * C, *x_NRC.shape[3:])[:, :S]
 
 
-def _logits(softmax: Softmax, x_RCD, head_VD):
+def _logits(softmax: Softmax, x_XD, head_VD):
     """The logits as the softmax takes them, and their slopes d logits / d (x @ head)."""
-    raw_RCV = jnp.einsum("RCD,VD->RCV", x_RCD, head_VD, preferred_element_type=jnp.float32)
-    logits_RCV = soften(raw_RCV, softmax.cap)
-    slopes_RCV = 1.0 if softmax.cap is None else 1 - (logits_RCV / softmax.cap) ** 2
+    raw_XV = jnp.einsum("XD,VD->XV", x_XD, head_VD, preferred_element_type=jnp.float32)
+    logits_XV = soften(raw_XV, softmax.cap)
+    slopes_XV = 1.0 if softmax.cap is None else 1 - (logits_XV / softmax.cap) ** 2
     if softmax.vocab is not None and head_VD.shape[0] > softmax.vocab:
         there_V = jnp.arange(head_VD.shape[0]) < softmax.vocab
-        logits_RCV = jnp.where(there_V[None, None], logits_RCV, MASKED)
-    return logits_RCV, slopes_RCV
+        logits_XV = jnp.where(there_V[None], logits_XV, MASKED)
+    return logits_XV, slopes_XV
 
 
-def _is_target(targets_RC, V):
-    return targets_RC[..., None] == jnp.arange(V, dtype=targets_RC.dtype)[None, None]
+def _is_target(targets_X, V):
+    return targets_X[..., None] == jnp.arange(V, dtype=targets_X.dtype)[None]
 
 
-def _logps(logits_RCV, targets_RC):
+def _logps(logits_XV, targets_X):
     """The targets' log-probs and the log of the softmax's sum."""
-    lse_RC = jax.nn.logsumexp(logits_RCV, axis=-1)
+    lse_X = jax.nn.logsumexp(logits_XV, axis=-1)
     # A masked sum rather than an index: where V is split, each shard adds its own part.
-    target_RC = jnp.sum(jnp.where(_is_target(targets_RC, logits_RCV.shape[-1]), logits_RCV, 0.0), axis=-1)
-    return target_RC - lse_RC, lse_RC
+    target_X = jnp.sum(jnp.where(_is_target(targets_X, logits_XV.shape[-1]), logits_XV, 0.0), axis=-1)
+    return target_X - lse_X, lse_X
 
 
-def _push_back(dhead_GVD, logits_RCV, slopes_RCV, lse_RC, targets_RC, g_RC, x_RCD, head):
-    """dhead_GVD with this chunk's part, and dx_RCD, for g_RC = d loss / d log-prob of each target."""
-    (R, C, D), (V, dtype, G) = x_RCD.shape, (head.shape[0], x_RCD.dtype, dhead_GVD.shape[0])
-    probs_RCV = jnp.exp(logits_RCV - lse_RC[..., None])
-    dlogits_RCV = (g_RC[..., None] * (_is_target(targets_RC, V) - probs_RCV) * slopes_RCV).astype(dtype)
-    dx_RCD = jnp.einsum("RCV,VD->RCD", dlogits_RCV, head, preferred_element_type=jnp.float32).astype(dtype)
-    by_group = (G, R // G * C)
+def _push_back(dhead_GVD, logits_XV, slopes_XV, lse_X, targets_X, g_X, x_XD, head):
+    """dhead_GVD with this chunk's part, and dx_XD, for g_X = d loss / d log-prob of each target."""
+    (X, D), (V, dtype, G) = x_XD.shape, (head.shape[0], x_XD.dtype, dhead_GVD.shape[0])
+    probs_XV = jnp.exp(logits_XV - lse_X[..., None])
+    dlogits_XV = (g_X[..., None] * (_is_target(targets_X, V) - probs_XV) * slopes_XV).astype(dtype)
+    dx_XD = jnp.einsum("XV,VD->XD", dlogits_XV, head, preferred_element_type=jnp.float32).astype(dtype)
+    by_group = (G, X // G)
     dhead_GVD += jnp.einsum(
         "GXV,GXD->GVD",
-        dlogits_RCV.reshape(*by_group, V),
-        x_RCD.reshape(*by_group, D),
+        dlogits_XV.reshape(*by_group, V),
+        x_XD.reshape(*by_group, D),
         preferred_element_type=jnp.float32,
     )
-    return _local(dhead_GVD), dx_RCD
+    return _local(dhead_GVD), dx_XD
 
 
 def _whole_width(head_VD, dtype):
@@ -206,8 +211,8 @@ def _token_logps_fwd(softmax, source_RSD, head_VD, targets_RS, used):
     head = _whole_width(head_VD, source_RSD.dtype)
 
     def chunk(_, inputs):
-        x_RCD, targets_RC = inputs
-        return None, _logps(_logits(softmax, x_RCD, head)[0], targets_RC)
+        x_XD, targets_X = inputs
+        return None, _logps(_logits(softmax, x_XD, head)[0], targets_X)
 
     with exact_matmuls(source_RSD.dtype):
         _, (logps_RS, lse_RS) = _over_chunks(chunk, None, softmax.forward_chunk, used, source_RSD, targets_RS)
@@ -219,9 +224,9 @@ def _token_logps_bwd(softmax, residuals, g_RS):
     head = _whole_width(head_VD, source_RSD.dtype)
 
     def chunk(dhead_GVD, inputs):
-        x_RCD, targets_RC, lse_RC, g_RC = inputs
-        dhead_GVD, dx_RCD = _push_back(dhead_GVD, *_logits(softmax, x_RCD, head), lse_RC, targets_RC, g_RC, x_RCD, head)
-        return dhead_GVD, (dx_RCD,)
+        x_XD, targets_X, lse_X, g_X = inputs
+        dhead_GVD, dx_XD = _push_back(dhead_GVD, *_logits(softmax, x_XD, head), lse_X, targets_X, g_X, x_XD, head)
+        return dhead_GVD, (dx_XD,)
 
     with exact_matmuls(source_RSD.dtype):
         start, inputs = _no_gradient(len(source_RSD), head_VD), (source_RSD, targets_RS, lse_RS, g_RS)
@@ -242,11 +247,11 @@ def _weighted_sum_fwd(softmax, source_RSD, head_VD, targets_RS, slopes_RS, used)
 
     def chunk(sums, inputs):
         total, dhead_GVD = sums
-        x_RCD, targets_RC, g_RC = inputs
-        logits_RCV, slopes_RCV = _logits(softmax, x_RCD, head)
-        logps_RC, lse_RC = _logps(logits_RCV, targets_RC)
-        dhead_GVD, dx_RCD = _push_back(dhead_GVD, logits_RCV, slopes_RCV, lse_RC, targets_RC, g_RC, x_RCD, head)
-        return (total + jnp.sum(g_RC * logps_RC), dhead_GVD), (dx_RCD,)
+        x_XD, targets_X, g_X = inputs
+        logits_XV, slopes_XV = _logits(softmax, x_XD, head)
+        logps_X, lse_X = _logps(logits_XV, targets_X)
+        dhead_GVD, dx_XD = _push_back(dhead_GVD, logits_XV, slopes_XV, lse_X, targets_X, g_X, x_XD, head)
+        return (total + jnp.sum(g_X * logps_X), dhead_GVD), (dx_XD,)
 
     with exact_matmuls(source_RSD.dtype):
         start, inputs = (jnp.zeros(()), _no_gradient(len(source_RSD), head_VD)), (source_RSD, targets_RS, slopes_RS)

@@ -41,7 +41,7 @@ def two_pass(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_pass")
     # A gamma at which some pairs are active and some are not, and a rate that keeps it so.
     setup = quickstart(folder, optim__mode="two_pass", loss__gamma=0.2, optim__learning_rate=1e-9)
-    found = bench(setup, steps=STEPS, warmup=WARMUP)
+    found = bench(setup, steps=STEPS, warmup=WARMUP, split_steps=1)
     assert not (folder / "run").exists()  # nothing is written
     return setup, found
 
@@ -56,7 +56,7 @@ def untrained(tmp_path_factory):
     small |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
     (folder / "model" / "config.json").write_text(json.dumps(config | small))
     setup = quickstart(folder, "random", model__model_name_or_path=str(folder / "model"), optim__mode="direct")
-    return setup, bench(setup, steps=STEPS, warmup=WARMUP)
+    return setup, bench(setup, steps=STEPS, warmup=WARMUP, split_steps=1)
 
 
 def measured_pairs(setup):

@@ -127,7 +127,7 @@ def test_bench_takes_its_recipe_with_and_without_a_flag(recipe, benched, capsys,
     assert cli.main(["bench", *config, str(recipe), "--json", "--learning_rate", "1e-6", "--mesh.data", "8"]) == 0
     assert json.loads(capsys.readouterr().out) == {"pairs_per_second": 2.5}
     wanted = load_recipe(recipe, {"optim.learning_rate": 1e-6, "mesh.data": 8})
-    assert benched == {"recipe": wanted, "weights": "read", "steps": 10, "warmup": 2}
+    assert benched == {"recipe": wanted, "weights": "read", "steps": 10, "warmup": 2, "split_steps": 2}
 
 
 def test_bench_is_told_how_much_to_measure(recipe, benched):

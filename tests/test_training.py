@@ -44,7 +44,7 @@ def recipe(tmp_path_factory):
     (folder / "data" / "test.jsonl").write_text("\n".join(short[32:]) + "\n", encoding="utf-8")
     tree = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text(encoding="utf-8"))
     tree["model"]["model_name_or_path"] = str(STORIES)
-    tree["data"] |= {"dataset_name": str(folder / "data"), "row_length": None, "cache_dir": str(folder / "cache")}
+    tree["data"] |= {"dataset_name": str(folder / "data"), "row_length": 384, "cache_dir": str(folder / "cache")}
     tree["optim"] |= {"train_batch_size": 8, "max_steps": STEPS, "learning_rate": 1e-3, "two_pass_below": 0.9}
     tree["run"] |= {"save_steps": SAVE, "save_total_limit": 3}
     path = folder / "recipe.yaml"

@@ -118,7 +118,7 @@ def ours(request, trl) -> tuple[list[dict], dict[str, np.ndarray]]:
     state, logs = initial_state(from_hf(STORIES, cfg, shardings.params), optimizer, shardings), []
     for start in range(0, len(pairs), PAIRS):
         batch = pairs[start : start + PAIRS]
-        assert 1 < len(row_batches(batch, scorer.shape)) < PAIRS  # pairs share rows, and gradients add up over rows
+        assert 1 < len(row_batches(batch, scorer.shapes)) < PAIRS  # pairs share rows, and gradients add up over rows
         state, metrics = step(state, batch)
         logs.append({name: float(value) for name, value in metrics.items()})
     return logs, dict(hf_tensors(state.params, cfg, dtypes="float32"))

@@ -308,7 +308,7 @@ def suggest_shapes(
 
     slots, scored and views (prompt and answer together, chosen and rejected) are the lengths of all pairs, `ways` is how many devices rows
     are spread over, `budget` how many slots a device should work on at a time. What is given is obeyed: a row_length or scored_length
-    that is too small for a pair is the caller's to refuse.
+    that is too small for a pair is the caller's to refuse, and where rows are fixed both ways there is one shape.
     """
     table = Sizes(slots, scored, views)
     longest = row_length or suggest_row_length(slots)
@@ -322,7 +322,7 @@ def suggest_shapes(
         Y = max(_share(fit.slots_B, view_B, T, SPARE_VIEW, 128) for view_B in fit.views_B2.T) if view_length else 0
         return RowShape(R, T, S, Y)
 
-    if not table.fit(RowShape(1, longest, scored_length or longest)):
+    if (row_length and rows_per_device) or not table.fit(RowShape(1, longest, scored_length or longest)):
         return (shape(ways * (rows_per_device or 1), longest),)
     most = row_length or max(longest, min(2 * longest, budget // (rows_per_device or 1)))
     # Some 50 lengths are tried, however far those of the pairs lie apart.
