@@ -40,7 +40,7 @@ def test_the_first_start_installs_and_the_next_does_not(launch):
 def test_tests_install_what_only_they_need_and_training_stays_installed(launch):
     launch("local.sh")
     assert launch("test.sh", "-k", "rows")[0].endswith(f"-r {ROOT}/requirements-test.txt -e {ROOT}")
-    assert launch("test.sh", "-k", "rows")[-1] == "-m pytest -k rows"
+    assert launch("test.sh", "-k", "rows")[-1] == "-m pytest -n 2 --dist loadfile -k rows"
     assert launch("local.sh") == ["-m repo_jax train configs/quickstart.yaml"]
 
 
@@ -55,3 +55,36 @@ def test_a_changed_list_is_installed_again(launch, tmp_path):
 def test_flags_and_a_recipe_reach_the_command(launch):
     assert launch("local.sh", "--gamma", "0.3")[-1] == "-m repo_jax train configs/quickstart.yaml --gamma 0.3"
     assert launch("local.sh", "mine.yaml", "--seed", "1")[-1] == "-m repo_jax train mine.yaml --seed 1"
+
+
+VMEM = "LIBTPU_INIT_ARGS=--xla_tpu_scoped_vmem_limit_kib="
+
+
+@pytest.mark.parametrize(
+    "device, given, said",
+    [
+        (None, {}, []),
+        ("nvidia0", {}, ["XLA_CLIENT_MEM_FRACTION=0.92"]),
+        ("nvidia0", {"XLA_CLIENT_MEM_FRACTION": "0.5"}, ["XLA_CLIENT_MEM_FRACTION=0.5"]),
+        ("nvidia0", {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, ["XLA_PYTHON_CLIENT_MEM_FRACTION=0.5"]),
+        ("nvidiactl", {}, []),
+        ("accel0", {}, [f"{VMEM}50000"]),
+        ("vfio/0", {"TPU_ACCELERATOR_TYPE": "v6e-8"}, [f"{VMEM}98304"]),
+        ("accel0", {"LIBTPU_INIT_ARGS": "--mine=1"}, ["LIBTPU_INIT_ARGS=--mine=1"]),
+        ("accel0", {"LIBTPU_INIT_ARGS": ""}, []),
+    ],
+)
+def test_flags_fit_the_devices_and_never_replace_what_is_set(tmp_path, device, given, said):
+    if device is not None:
+        (tmp_path / device).parent.mkdir(exist_ok=True)
+        (tmp_path / device).touch()
+    script = 'set -euo pipefail; . "$0"; env | grep -E "^(XLA|LIBTPU)" >&2 || true'
+    done = subprocess.run(
+        ["bash", "-c", script, ROOT / "launch" / "flags.sh"],
+        env={"PATH": os.environ["PATH"], "devices": str(tmp_path), **given},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines() == [f"launch: {line}" for line in said]
+    assert [line for line in done.stderr.splitlines() if not line.endswith("=")] == said  # and they are exported
