@@ -148,6 +148,7 @@ def test_what_a_run_computes_with_may_change_when_it_goes_on(unbroken, recipe, t
     assert prepare(load_recipe(recipe, fields)).recipe.optim.mode == "direct"
 
 
+@pytest.mark.slow
 def test_updates_are_traced_for_xprof_as_far_as_the_run_does_them(recipe, tmp_path):
     run, flags = tmp_path / "run", ["--max_steps", "3", "--save_steps", "2"]
     for profile_steps, said in (("2-3", "2-3"), ("1-9", "3-3")):  # the second run goes on after update 2
