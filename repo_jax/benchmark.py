@@ -189,8 +189,7 @@ def _split_once(setup: Setup, run: Run, state: TrainState, batches: Iterator) ->
     (grads, metrics), gradient = _timed(
         lambda: run.step.mean_grads(state.params, pairs, update=state.step, rows=rows, form=form)
     )
-    with jax.set_mesh(setup.mesh):
-        (state, _), optimizer = _timed(lambda: run.step.apply(state, grads, metrics))
+    (state, _), optimizer = _timed(lambda: run.step.apply(state, grads, metrics))
     apart = form == "two_pass"
     return {
         "input": reading + building,

@@ -38,7 +38,7 @@ def main() -> None:
     }
     mesh = jax.make_mesh((len(jax.devices()), 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     clock = timing.Clock()
-    with mesh:
+    with mesh:  # deprecated in jax, but it is this mesh that tunix 0.1.7 looks for
         model, reference = (llama(inputs.config, arguments) for _ in range(2))
         optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-6, b2=0.999, weight_decay=0.0))
         config = DPOTrainingConfig(
