@@ -12,13 +12,14 @@ from tqdm import tqdm
 from repo_jax.config import Recipe
 from repo_jax.data.batches import batch_indices, steps_per_epoch
 from repo_jax.data.chat import PairTokenizer, TokenOptions
-from repo_jax.data.rows import pack, suggest_row_length, suggest_scored_length
+from repo_jax.data.rows import BUDGET, packed, sizes_of, suggest_shapes
 from repo_jax.data.schema import PairTokens, PreferenceExample, read_examples
 from repo_jax.data.sources import RawRow, open_source
 from repo_jax.data.store import NothingLeftError, TokenStore, is_prepared
 from repo_jax.stores import held_out_store, token_options, tokenizer_of, train_store
 
 BATCHES = 20  # so many updates are packed to see what their rows look like
+DEVICES = (1, 8, 16)  # on so many accelerators
 COMPARED = 1000  # so many pairs are tokenized the official way too
 SHINGLE = 8  # words in a row that two prompts may share
 COMMON, COMMON_SHARE = 20, 0.01  # a shingle of more held-out prompts than either of these is common
@@ -83,27 +84,39 @@ def quantiles(tokens: np.ndarray) -> dict[str, float]:
 
 
 def describe_packing(recipe: Recipe, store: TokenStore, stores: list[TokenStore]) -> dict:
-    """The row shape that holds every pair of all stores, and what packing and shared prompts save on the one trained on."""
-    B = min(recipe.optim.train_batch_size, len(store))
-    every = [np.concatenate(sizes) for sizes in zip(*((s.slots, s.scored.sum(axis=1)) for s in stores), strict=True)]
-    scored = store.scored.sum(axis=1)
-    T = max(recipe.data.row_length or 0, suggest_row_length(every[0]))
-    S = suggest_scored_length(*every, T)
-    used, rows, pairs = 0, 0, 0
-    for step in range(min(BATCHES, steps_per_epoch(len(store), B))):
-        batch = batch_indices(step, pairs=len(store), train_batch_size=B, seed=recipe.run.seed)
-        rows += len(pack(store.slots[batch].tolist(), scored[batch].tolist(), T, S))
-        used, pairs = used + int(store.slots[batch].sum()), pairs + B
-    wholes = (store.lengths[:, :1] + store.lengths[:, 1:])[store.lengths[:, 1:] > 0]
+    """Row shapes that hold every pair of all stores, and what packing and shared prompts save on the one trained on."""
+    B, data = min(recipe.optim.train_batch_size, len(store)), recipe.data
+    every, own = sizes_of(stores), sizes_of([store])
+    longest = int(every.slots_B.max())
+    fixed = {"row_length": data.row_length, "scored_length": data.scored_length}
+    if data.row_length is not None and data.row_length < longest:
+        fixed = {}  # what is wrong is said elsewhere; here stands what would do
+    updates = [
+        own.of(batch_indices(step, pairs=len(store), train_batch_size=B, seed=recipe.run.seed))
+        for step in range(min(BATCHES, steps_per_epoch(len(store), B)))
+    ]
+    used, on_devices = sum(int(sizes.slots_B.sum()) for sizes in updates), {}
+    for devices in DEVICES:
+        shapes = suggest_shapes(
+            *every,
+            B=B,
+            ways=devices,
+            rows_per_device=data.rows_per_device,
+            budget=data.slots_per_device or BUDGET,
+            **fixed,
+        )
+        taken = 0
+        for sizes in updates:
+            shape, rows = packed(sizes, shapes)
+            taken += len(rows) * shape.T
+        on_devices[devices] = {"shapes": [shape._asdict() for shape in shapes], "padding": 1 - used / taken}
+    wholes = own.views_B2[own.views_B2 > 0]
     return {
-        "row_length": T,
-        "scored_length": S,
-        "longest_pair": int(every[0].max()),
-        "recipe_row_length": recipe.data.row_length,
+        "longest_pair": longest,
+        "recipe_row_length": data.row_length,
         "train_batch_size": B,
-        "rows_per_update": rows / (pairs / B),
-        "padding_packed": 1 - used / (rows * T),
-        "padding_one_pair_per_row": 1 - used / (pairs * T),
+        "on_devices": on_devices,
+        "padding_one_pair_per_row": 1 - used / (len(updates) * B * longest),
         "tokens": int(store.slots.sum()),
         "shared_prompts_save": 1 - float(store.slots.sum() / wholes.sum()),
     }
@@ -309,14 +322,18 @@ def as_text(found: dict, *, color: bool) -> str:
 
 
 def _packing_lines(p: dict) -> list[str]:
-    return [
+    lines = [
         "",
-        "rows",
-        f"  row_length {p['row_length']}, scored_length {p['scored_length']} hold every pair (the longest takes {p['longest_pair']} slots)",
+        f"rows for updates of {p['train_batch_size']} pairs (the longest takes {p['longest_pair']} slots)",
         f"  prompts stored once save {p['shared_prompts_save']:.0%} of the tokens ({p['tokens']:,} are left)",
-        f"  {p['rows_per_update']:.1f} rows for an update of {p['train_batch_size']} pairs; padding {p['padding_packed']:.1%} "
-        f"(one pair per row: {p['padding_one_pair_per_row']:.1%})",
+        f"  one pair per row: padding {p['padding_one_pair_per_row']:.1%}",
     ]
+    for devices, found in p["on_devices"].items():
+        shapes = " or ".join(f"{shape['R']} x {shape['T']}" for shape in found["shapes"])
+        lines.append(
+            f"  packed on {devices:2} device{'s' * (devices > 1)}: padding {found['padding']:.1%}, rows x slots {shapes}"
+        )
+    return lines
 
 
 def _store_lines(split: str, store: dict) -> list[str]:

@@ -6,12 +6,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from repo_jax.config import DataSection, ModelSection, Recipe, RunSection
 from repo_jax.data.batches import steps_per_epoch
-from repo_jax.data.rows import RowShape, suggest_shapes, too_long
+from repo_jax.data.rows import BUDGET, RowShape, sizes_of, suggest_shapes, too_long
 from repo_jax.data.store import TokenStore
 from repo_jax.losses import DEFAULT_LOSS, Loss, make_loss
 from repo_jax.models.config import DecoderConfig
@@ -219,14 +218,9 @@ def _check_kernel(model: ModelSection, mesh: Mesh) -> None:
 
 
 def _row_shapes(recipe: Recipe, cfg: DecoderConfig, stores: list[TokenStore], mesh: Mesh) -> tuple[RowShape, ...]:
-    slots = np.concatenate([store.slots for store in stores])
-    scored = np.concatenate([store.scored.sum(axis=1) for store in stores])
-    views = np.concatenate([store.lengths[:, :1] + store.lengths[:, 1:] for store in stores])
-    data = recipe.data
+    data, table = recipe.data, sizes_of(stores)
     shapes = suggest_shapes(
-        slots,
-        scored,
-        views,
+        *table,
         B=recipe.optim.train_batch_size,
         ways=batch_ways(mesh),
         row_length=data.row_length,
@@ -236,7 +230,7 @@ def _row_shapes(recipe: Recipe, cfg: DecoderConfig, stores: list[TokenStore], me
         budget=data.slots_per_device or slots_per_device(_platform(mesh)),
     )
     _, T, S, _ = shapes[0]
-    for sizes, room in ((slots, T), (scored, S)):
+    for sizes, room in ((table.slots_B, T), (table.scored_B, S)):
         if sizes.max() > room:
             largest = int(sizes.argmax())
             store = stores[0] if largest < len(stores[0]) else stores[1]
@@ -246,7 +240,7 @@ def _row_shapes(recipe: Recipe, cfg: DecoderConfig, stores: list[TokenStore], me
 
 def slots_per_device(platform: str) -> int:
     """As many as keep the matrix units of an accelerator busy, and as few as a CPU's caches want."""
-    return 2048 if platform == "cpu" else 8192
+    return 2048 if platform == "cpu" else BUDGET
 
 
 def _total_steps(recipe: Recipe, train: TokenStore) -> int:

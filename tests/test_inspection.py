@@ -8,6 +8,7 @@ from examples import ASSETS, ROOT, STORIES
 
 from repo_jax.cli import main
 from repo_jax.config import load_recipe
+from repo_jax.data.batches import batch_indices
 from repo_jax.data.chat import load_tokenizer
 from repo_jax.data.rows import RowShape, row_batches
 from repo_jax.data.schema import PairTokens
@@ -78,21 +79,31 @@ def test_packing_is_what_rows_do_with_the_first_updates(recipe):
     chosen = recipe(**{"optim.train_batch_size": 600, "data.row_length": None})
     packing = inspect(chosen, show=0)["packing"]
     store = train_store(chosen, tokenizer_of(chosen))
-    pairs = [store[i] for i in range(600)]
-    batches = row_batches(pairs, RowShape(1, packing["row_length"], packing["scored_length"]))
-    filled = sum((batch.segments_RT > 0).sum() for batch in batches)
-    assert packing["rows_per_update"] == pytest.approx(len(batches), rel=0.01)  # the order of the pairs may differ
-    assert packing["padding_packed"] == pytest.approx(1 - filled / (len(batches) * packing["row_length"]), abs=0.01)
-    assert packing["padding_one_pair_per_row"] == pytest.approx(1 - filled / (600 * packing["row_length"]))
+    pairs = [store[i] for i in batch_indices(0, pairs=600, train_batch_size=600, seed=chosen.run.seed)]
+    filled = sum(pair.slots for pair in pairs)
+    for found in packing["on_devices"].values():
+        batches = row_batches(pairs, [RowShape(**shape) for shape in found["shapes"]])
+        slots = sum(batch.tokens_RT.size for batch in batches)
+        assert found["padding"] == pytest.approx(1 - filled / slots)
+    assert packing["padding_one_pair_per_row"] == pytest.approx(1 - filled / (600 * packing["longest_pair"]))
     unshared = sum(sum(pair.wholes) for pair in pairs)
     assert packing["shared_prompts_save"] == pytest.approx(1 - filled / unshared)
+
+
+def test_rows_are_spread_over_the_devices_and_fixed_where_the_recipe_fixes_them(recipe):
+    packing = inspect(recipe(**{"data.row_length": 1024, "data.rows_per_device": 2}), show=0)["packing"]
+    shapes = {
+        devices: [(shape["R"], shape["T"]) for shape in found["shapes"]]
+        for devices, found in packing["on_devices"].items()
+    }
+    assert shapes == {1: [(2, 1024)], 8: [(16, 1024)], 16: [(32, 1024)]}
 
 
 def test_a_row_length_that_does_not_hold_the_longest_pair_is_wrong(recipe):
     found = inspect(recipe(**{"data.row_length": 64}), show=0)
     longest = int(train_store(recipe(), tokenizer_of(recipe())).slots.max())
     assert found["wrong"] == [f"row_length=64 does not hold the longest pair ({longest} slots)"]
-    assert found["packing"]["row_length"] >= longest
+    assert all(on["shapes"][0]["T"] >= longest for on in found["packing"]["on_devices"].values())
 
 
 # What is wrong
@@ -163,7 +174,7 @@ def test_of_a_held_out_split_nothing_may_be_left(recipe, tmp_path):
     write(tmp_path / "test.jsonl", [row | {"chosen": row["rejected"]}])
     found = inspect(recipe(**{"data.dataset_name": str(tmp_path), "optim.train_batch_size": 1}), show=0)
     assert found["wrong"] == ["held_out: 1 rows dropped as identical", "held_out: nothing is left"]
-    assert found["packing"]["rows_per_update"] == 1
+    assert found["packing"]["on_devices"][1]["padding"] < 1
 
 
 def test_rows_hold_the_held_out_pairs_too(recipe, tmp_path):
@@ -174,7 +185,7 @@ def test_rows_hold_the_held_out_pairs_too(recipe, tmp_path):
     found = inspect(chosen, show=0)
     longest = int(held_out_store(chosen, tokenizer_of(chosen)).slots.max())
     assert longest > 128
-    assert found["packing"]["row_length"] >= found["packing"]["longest_pair"] == longest
+    assert found["packing"]["on_devices"][1]["shapes"][0]["T"] >= found["packing"]["longest_pair"] == longest
     assert f"row_length=128 does not hold the longest pair ({longest} slots)" in found["wrong"]
 
 

@@ -18,6 +18,7 @@ from repo_jax.data.schema import PairTokens
 # Room for scored tokens and views beyond their share of a full row, so that slots decide how pairs are packed. Less room for scored tokens
 # would save the head some work but take more rows; room in a view costs only attention.
 SPARE_SCORED, SPARE_VIEW = 1.08, 1.15
+BUDGET = 8192  # slots that keep the matrix units of an accelerator busy
 SHAPES = 5  # of a run at most; each that is used is compiled
 GAIN = 0.02  # the share of the slots that one more shape must save
 NEAR = 0.01  # row shapes whose cost differs by less count as equal
@@ -62,6 +63,17 @@ class Sizes(NamedTuple):
     def fit(self, shape: RowShape) -> bool:
         slots, scored, view = (sizes.max(initial=0) for sizes in self)
         return slots <= shape.T and scored <= shape.S and (not shape.Y or view <= shape.Y)
+
+
+def sizes_of(stores: Sequence) -> Sizes:
+    """The length table of all pairs of these TokenStores, end to end."""
+    return Sizes(
+        np.concatenate([store.slots for store in stores]),
+        np.concatenate([store.scored.sum(axis=1) for store in stores]),
+        np.concatenate(
+            [(store.lengths[:, :1] + store.lengths[:, 1:]) * (store.lengths[:, 1:] > 0) for store in stores]
+        ),
+    )
 
 
 def round_up(n: float, multiple: int) -> int:
@@ -302,7 +314,7 @@ def suggest_shapes(
     scored_length: int | None = None,
     rows_per_device: int | None = None,
     view_length: bool = False,
-    budget: int = 8192,
+    budget: int = BUDGET,
 ) -> tuple[RowShape, ...]:
     """The few shapes in which updates of B pairs, and parts of them, take the fewest slots; the first is the largest and holds every pair.
 
