@@ -11,7 +11,9 @@ fi
 
 # More of a core's own memory for fused matmuls; TPUs v6e and newer have more of it.
 if compgen -G "$devices/accel*" >/dev/null || compgen -G "$devices/vfio/[0-9]*" >/dev/null; then
-  case "${TPU_ACCELERATOR_TYPE:-}" in
+  about=http://metadata.google.internal/computeMetadata/v1/instance/attributes/accelerator-type
+  tpu="${TPU_ACCELERATOR_TYPE:-$(curl -sf -m 2 -H 'Metadata-Flavor: Google' "$about" 2>/dev/null || true)}"
+  case "$tpu" in
     v6e* | tpu7x*) vmem_kib=98304 ;;
     *) vmem_kib=50000 ;;
   esac

@@ -1,5 +1,5 @@
 # Sourced by the other scripts: puts `python` of a ready environment on PATH and sets $root, the checkout.
-# The caller sets $extra: a further list of requirements, or nothing.
+# The caller sets $extra: a further list of requirements, or nothing; and may set $accelerator: tpu, cuda12 or cuda13.
 # Uses the active environment (venv, conda) or makes .venv; installs when what is to be installed has changed.
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)" || exit 1
@@ -28,10 +28,11 @@ fi
 # One line for each list of requirements, so that tests and training do not undo each other.
 stamp="${VIRTUAL_ENV:-$CONDA_PREFIX}/.repo_jax-stamp"
 what="$root $extra:"
-wanted="$what $(python --version) $(cd "$root" && cat requirements.txt pyproject.toml $extra | cksum)"
+package="$root${accelerator:+[$accelerator]}"
+wanted="$what ${accelerator:-cpu} $(python --version) $(cd "$root" && cat requirements.txt pyproject.toml $extra | cksum)"
 if ! grep -qxF "$wanted" "$stamp" 2>/dev/null; then
   echo "launch: installing into ${VIRTUAL_ENV:-$CONDA_PREFIX}"
-  python -m pip install --quiet --disable-pip-version-check ${extra:+-r "$root/$extra"} -e "$root" || exit 1
+  python -m pip install --quiet --disable-pip-version-check ${extra:+-r "$root/$extra"} -e "$package" || exit 1
   { grep -vF "$what " "$stamp" 2>/dev/null || true; echo "$wanted"; } > "$stamp.new"
   mv "$stamp.new" "$stamp"
 fi

@@ -1,12 +1,17 @@
 """Orbax checkpoints of the train state: written in the background, whole or not at all, the newest few kept."""
 
+import contextlib
 import pathlib
 import re
+import sys
+from collections.abc import Iterator
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from repo_jax.config import StoppedError
+from repo_jax.distributed import primary, text_from_primary
 from repo_jax.state import TrainState
 
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -42,22 +47,79 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, step_name_format=_Names(), enable_async_checkpointing=True
         )
-        self.folder = pathlib.Path(folder).absolute()
+        self.folder, self._pending = epath.Path(folder).absolute(), None
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
+        self._settle()
         self._manager.close()
 
     def latest(self) -> int | None:
         """The step of the newest whole checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, step: int) -> None:
-        """Copies the state aside and writes it while training goes on."""
-        self._manager.save(step, args=ocp.args.StandardSave(state))
+    def save(self, state: TrainState, step: int, *, last: bool = False) -> None:
+        """Copies the state aside and writes it while training goes on; `last` waits until it is written.
+
+        What cannot be written (the disk is full, a bucket refuses) is said and left out: the checkpoints before stay, and the next save
+        tries again. Raises StoppedError where it was the last.
+        """
+        self._settle()
+        self._pending = step
+        with self._said():
+            self._look()
+            self._manager.save(step, args=ocp.args.StandardSave(state))
+        if last:
+            self._settle()
+            if self.latest() != step:
+                raise StoppedError(
+                    f"checkpoint-{step} could not be written; {self._newest()}; make room in '{self.folder}' or see that it can be written "
+                    "to, then start the same command again"
+                )
+
+    def _look(self) -> None:
+        """Raises OSError where the folder cannot be written to, on all processes; Orbax would find out after minutes."""
+        reason = ""
+        if primary():
+            try:
+                (self.folder / ".writable").write_text("")
+                (self.folder / ".writable").unlink()
+            except OSError as error:
+                reason = str(error)
+        if reason := text_from_primary(reason):
+            raise OSError(reason)
+
+    def _settle(self) -> None:
+        """Waits for the write that is under way, if any."""
+        if self._pending is not None:
+            with self._said():
+                self._manager.wait_until_finished()
+        self._pending = None
+
+    @contextlib.contextmanager
+    def _said(self) -> Iterator[None]:
+        try:
+            yield
+        except jax.errors.JaxRuntimeError:
+            raise  # of devices and other hosts, not of the disk
+        except (OSError, ValueError, RuntimeError) as error:  # tensorstore's errors are ValueErrors
+            step, self._pending = self._pending, None
+            part = self.folder / f"checkpoint-{step}.orbax-checkpoint-tmp"
+            if primary():
+                with contextlib.suppress(OSError):
+                    part.rmtree(missing_ok=True)  # of a full disk it may be what fills it
+                reason = str(error).strip().splitlines()[0]
+                print(
+                    f"checkpoint-{step} could not be written ({reason}); {self._newest()}; training goes on",
+                    file=sys.stderr,
+                )
+
+    def _newest(self) -> str:
+        newest = self.latest()
+        return "there is none yet" if newest is None else f"checkpoint-{newest} stays the newest"
 
     def restore(self, step: int, shapes: TrainState, shardings: TrainState) -> TrainState:
         """The state as saved, placed by `shardings`, which may belong to another mesh than the one that saved it."""

@@ -1,4 +1,4 @@
-"""The commands: repo-jax train | evaluate | generate | inspect | prepare | export | bench."""
+"""The commands: repo-jax train | evaluate | generate | inspect | prepare | export | bench | plan."""
 
 import argparse
 import difflib
@@ -33,8 +33,17 @@ NOT_FOR_PROMPTS = {
 }
 
 
+# Of a run of several processes; the same as the environment's JAX_COORDINATOR_ADDRESS and so on.
+PROCESS_FLAGS = {
+    "coordinator_address": ("HOST:PORT", "where process 0 listens, where JAX does not find it by itself (TPU, Slurm)"),
+    "num_processes": ("N", "how many processes there are"),
+    "process_id": ("K", "which of them this is, from 0"),
+}
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; returns 0, 2 after one line on what to change, or 1 after one line on what went wrong meanwhile."""
+    """Runs a command; returns 0, 2 after one line on what to change, 1 after one line on what went wrong meanwhile, or 75 where
+    training was told to stop, has saved its state and wants the same command again."""
     # transformers would announce that there is no torch; none is needed.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     arguments, command, overrides = parse(sys.argv[1:] if argv is None else argv)
@@ -48,11 +57,13 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except (FloatingPointError, DamagedStoreError, StoppedError) as error:
         print(f"repo-jax: {error}", file=sys.stderr)
-        return 1
+        return getattr(error, "code", 1)
 
 
 class UsageError(Exception):
     """Something the user gave cannot be used; the message says what to change."""
+
+    code = 2
 
 
 def checked(function, *args, **kwargs):
@@ -65,9 +76,15 @@ def checked(function, *args, **kwargs):
 
 def train_command(arguments, overrides) -> int:
     recipe = checked(load_recipe, arguments.config, overrides)
+    for name in PROCESS_FLAGS:
+        if (value := getattr(arguments, name)) is not None:
+            os.environ[f"JAX_{name.upper()}"] = value
+    from repo_jax.distributed import join, together
     from repo_jax.training import prepare, run
 
-    run(checked(prepare, recipe))
+    checked(join)
+    with together():
+        run(checked(prepare, recipe))
     return 0
 
 
@@ -177,6 +194,22 @@ def bench_command(arguments, overrides) -> int:
     return 0
 
 
+def plan_command(arguments, overrides) -> int:
+    given = dict(overrides)
+    if arguments.config is None and arguments.model_config is not None:
+        given = {"model.model_name_or_path": arguments.model_config} | given
+    recipe = checked(load_recipe, arguments.config, given)
+    from repo_jax.planning import as_text, command_of, plan
+
+    command = command_of(arguments.config, overrides)
+    options = {"slices": arguments.slices, "model_config": arguments.model_config, "searching": arguments.search}
+    found = checked(plan, recipe, arguments.topology, command=command, **options)
+    if arguments.json:
+        checked(pathlib.Path(arguments.json).write_text, json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(as_text(found))
+    return 0 if found["fits"] else 1
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is answered with one line rather than with every flag there is."""
 
@@ -198,6 +231,11 @@ def parse(argv: list[str]):
         "train", train_command, "train by a recipe, evaluate, export and report; goes on from the newest checkpoint"
     )
     train.add_argument("config", help="the recipe, a YAML file")
+    processes = train.add_argument_group(
+        "processes", "of one run on several hosts, where JAX does not find them by itself"
+    )
+    for name, (metavar, words) in PROCESS_FLAGS.items():
+        processes.add_argument(f"--{name}", metavar=metavar, help=words)
     add_recipe_flags(train)
     evaluate = add("evaluate", evaluate_command, "score held-out pairs with a model and print the metrics as JSON")
     add_data_flags(evaluate, "held-out preference data (data.eval_dataset_name)")
@@ -262,6 +300,23 @@ def parse(argv: list[str]):
     )
     bench.add_argument("--json", action="store_true", help="print everything as JSON")
     add_recipe_flags(bench)
+    plan = add(
+        "plan", plan_command, "say what a recipe would need on accelerators that are not here; exits with 1 if too much"
+    )
+    plan.add_argument(
+        "config", nargs="?", help="the recipe, a YAML file; its model's weights and its data are not read"
+    )
+    plan.add_argument(
+        "--topology",
+        required=True,
+        metavar="NAME",
+        help="v5e:4x4, v5p:2x2x2, v6e:16x16, tpu7x:2x2x1 (chips); v5litepod-16, v5p-16 (cores); h200:1x2x8 (slices x hosts x GPUs)",
+    )
+    plan.add_argument("--slices", type=int, default=1, metavar="N", help="of TPUs, side by side (default: 1)")
+    plan.add_argument("--model_config", metavar="FILE", help="a config.json to take in place of the model's own")
+    plan.add_argument("--search", action="store_true", help="try meshes, rows per device and remat policies")
+    plan.add_argument("--json", metavar="FILE", help="where to write everything as JSON")
+    add_recipe_flags(plan)
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         close = difflib.get_close_matches(unknown[0], [f"--{name.split('.')[1]}" for name in recipe_flags()], n=1)

@@ -185,6 +185,11 @@ class OptimSection:
         "float32", description="what the first moment of adamw and lion is kept in; second moments are float32"
     )
     max_grad_norm: float | None = Field(1.0, gt=0, description="gradients are scaled down to this norm; null: never")
+    max_skipped_updates: int = Field(
+        3,
+        ge=1,
+        description="an update whose loss or gradient is not finite changes nothing and is counted; after so many in a row training stops",
+    )
     mode: Literal["auto", "direct", "two_pass"] = Field(
         "auto",
         description="direct: one forward and backward for every pair; two_pass: score all, then backward only where the gradient is not 0; auto: the cheaper of these two exact forms, by the share of tokens that was active lately",
@@ -283,6 +288,19 @@ class Recipe:
 
 class StoppedError(RuntimeError):
     """What ended work that had begun, in a message that says what to do; nothing finished is lost."""
+
+    code = 1  # the command's exit status
+
+
+class InterruptedRunError(StoppedError):
+    """A run was told to stop and has saved its state; the same command goes on from there."""
+
+    code = 75  # EX_TEMPFAIL of sysexits.h: launchers start the same command again
+
+    def __init__(self, message: str, *, by_hand: bool = False):
+        super().__init__(message)
+        if by_hand:
+            self.code = 130  # as shells have it after Ctrl-C; nobody starts it again
 
 
 SECTIONS = {field.name: field.type for field in dataclasses.fields(Recipe)}

@@ -37,7 +37,7 @@ def score_pairs(scorer: Scorer, variables: dict, pairs: Sequence[PairTokens]) ->
 def evaluate_pairs(scorer: Scorer, variables: dict, pairs: Sequence[PairTokens]) -> Evaluation:
     """Metrics over all pairs, as training logs them over a batch."""
     scored = score_pairs(scorer, variables, pairs)
-    _, metrics = scorer.weigh(jax.device_put(scored))
+    _, metrics = scorer.weigh(scored)
     return Evaluation({name: float(value) for name, value in metrics.items()}, np.asarray(scored.mean_margin_B))
 
 

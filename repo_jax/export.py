@@ -23,6 +23,7 @@ from repo_jax.checkpoint import NAME, restore_params
 from repo_jax.config import ModelSection, Recipe, StoppedError, dump_recipe, load_recipe
 from repo_jax.data.rows import RowShape, row_batches
 from repo_jax.data.schema import PairTokens
+from repo_jax.distributed import primary, text_from_primary, wait_for_all
 from repo_jax.logps import pair_logps
 from repo_jax.memory import bytes_per_device, explained
 from repo_jax.models.config import DecoderConfig
@@ -67,13 +68,14 @@ def export_model(
     rounded parameters, or to `like`, the fingerprint of what they were made from.
     """
     with replacing(output) as folder:
-        shutil.copytree(base, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MIXED))
         dtypes = _dtypes(base, cfg, dtype)
-        if dtype is not None:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"dtype": dtype}
-            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if primary():
+            shutil.copytree(base, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MIXED))
+            if dtype is not None:
+                config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"dtype": dtype}
+                (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            (folder / "README.md").write_text(card, encoding="utf-8")
         to_hf(params, cfg, folder, dtypes=dtypes, max_shard_bytes=max_shard_bytes)
-        (folder / "README.md").write_text(card, encoding="utf-8")
         kept = _held_in(dtypes)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
         reloaded = {"params": from_hf(folder, DecoderConfig.from_hf(folder), shardings, dtype=kept)}
@@ -93,9 +95,10 @@ def export_adapter(
     """Writes adapters as a PEFT folder, with the run's tokenizer; whole or not at all, like export_model."""
     with replacing(output) as folder:
         weights = ("config.json", "generation_config.json", MIXED)
-        shutil.copytree(base, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*weights))
+        if primary():
+            shutil.copytree(base, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*weights))
+            (folder / "README.md").write_text(card, encoding="utf-8")
         _save_adapter(adapters, cfg, folder, model)
-        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _save_adapter(adapters: dict, cfg: DecoderConfig, folder: pathlib.Path, model: ModelSection) -> None:
@@ -113,18 +116,33 @@ def _save_adapter(adapters: dict, cfg: DecoderConfig, folder: pathlib.Path, mode
 
 
 @contextlib.contextmanager
+def shared_folder(parent: pathlib.Path, prefix: str) -> Iterator[pathlib.Path]:
+    """A temporary folder in `parent`, the same for all processes, which enter and leave together; process 0 makes and removes it."""
+    with contextlib.ExitStack() as stack:
+        name = ""
+        if primary():
+            parent.mkdir(parents=True, exist_ok=True)
+            name = stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix, dir=parent))
+        yield pathlib.Path(text_from_primary(name))
+        wait_for_all("done with a temporary folder")
+
+
+@contextlib.contextmanager
 def replacing(output: pathlib.Path) -> Iterator[pathlib.Path]:
     """A temporary folder that takes the place of `output` at the end; an exception leaves everything as it was."""
     check_output(output)
     output = output.absolute()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as temporary:
-        folder = pathlib.Path(temporary) / "new"
-        folder.mkdir()
+    with shared_folder(output.parent, f".{output.name}-") as temporary:
+        folder = temporary / "new"
+        if primary():
+            folder.mkdir()
+        wait_for_all("the folder of an export is there")
         yield folder
-        if output.exists():
-            output.rename(pathlib.Path(temporary) / "earlier")
-        folder.rename(output)
+        wait_for_all("an export is written")
+        if primary():
+            if output.exists():
+                output.rename(temporary / "earlier")
+            folder.rename(output)
 
 
 def check_output(output: pathlib.Path) -> None:
@@ -262,8 +280,9 @@ def export_merged(
     like = probe({"params": frozen, "lora": adapters}, decoder, mesh)
     for leaf in jax.tree.leaves(frozen):
         leaf.delete()
-    with tempfile.TemporaryDirectory() as temporary:
-        _save_adapter(adapters, cfg, pathlib.Path(temporary), model)
+    with shared_folder(output.absolute().parent, f".{output.name}-adapter-") as temporary:
+        _save_adapter(adapters, cfg, temporary, model)
+        wait_for_all("an adapter is written")
         adapter = PeftAdapter(temporary)
         params = pretrained._replace(adapter=adapter).params(mesh, _held_in(_dtypes(base, cfg, dtype)))
     options = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, "like": like}

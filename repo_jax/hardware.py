@@ -1,5 +1,6 @@
 """What known chips can do at most, by their makers' figures, and the most memory that was in use."""
 
+import glob
 import resource
 import sys
 from collections.abc import Iterable
@@ -57,6 +58,21 @@ def chip_of(device_kind: str) -> Chip | None:
     """The chip that JAX calls so; None for others and for CPUs."""
     fits = [kind for kind in CHIPS if device_kind == kind or device_kind.startswith(f"{kind} ")]
     return CHIPS[max(fits, key=len)] if fits else None
+
+
+# By which files they show, and what JAX needs to use them.
+VISIBLE = {
+    "TPU": (("accel[0-9]*", "vfio/[0-9]*"), "pip install -U 'jax[tpu]'"),
+    "NVIDIA GPU": (("nvidia[0-9]*",), "pip install -U 'jax[cuda12]' (jax[cuda13] from driver 580 on)"),
+}
+
+
+def visible(folder: str = "/dev") -> tuple[str, str] | None:
+    """The kind of accelerator that this machine has, whatever JAX uses, and the line that installs what JAX needs for it."""
+    for kind, (patterns, line) in VISIBLE.items():
+        if any(glob.glob(f"{folder}/{pattern}") for pattern in patterns):
+            return kind, line
+    return None
 
 
 def peak_memory(devices: Iterable) -> dict[str, float]:

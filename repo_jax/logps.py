@@ -106,7 +106,7 @@ def weighted_sum(source_RSD, head: Head, targets_RS, slopes_RS, *, used=None):
     return _weighted_sum(head.softmax, source_RSD, head.weight_VD, targets_RS, slopes_RS, used)
 
 
-def _groups(R: int) -> int:
+def _groups() -> int:
     """Groups of rows that share a device."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
@@ -119,7 +119,7 @@ def _over_chunks(fn, carry, tokens: int, used, *arrays):
     with an axis of rows beside C, XLA keeps a second copy of the logits on CPUs.
     """
     R, S = arrays[0].shape[:2]
-    C = min(S, max(1, tokens // (R // _groups(R))))
+    C = min(S, max(1, tokens // (R // _groups())))
     N = -(-S // C)
 
     def split(x_RS):
@@ -201,8 +201,8 @@ def _whole_width(head_VD, dtype):
 _local = functools.partial(constrain, spec=P(*BATCH, "tensor", None))
 
 
-def _no_gradient(R: int, head_VD):
-    return _local(jnp.zeros((_groups(R), *head_VD.shape), jnp.float32))
+def _no_gradient(head_VD):
+    return _local(jnp.zeros((_groups(), *head_VD.shape), jnp.float32))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -232,7 +232,7 @@ def _token_logps_bwd(softmax, residuals, g_RS):
         return dhead_GVD, (dx_XD,)
 
     with exact_matmuls(source_RSD.dtype):
-        start, inputs = _no_gradient(len(source_RSD), head_VD), (source_RSD, targets_RS, lse_RS, g_RS)
+        start, inputs = _no_gradient(head_VD), (source_RSD, targets_RS, lse_RS, g_RS)
         dhead_GVD, (dx_RSD,) = _over_chunks(chunk, start, softmax.backward_chunk, used, *inputs)
     return dx_RSD, dhead_GVD.sum(axis=0).astype(head_VD.dtype), None, None
 
@@ -257,7 +257,7 @@ def _weighted_sum_fwd(softmax, source_RSD, head_VD, targets_RS, slopes_RS, used)
         return (total + jnp.sum(g_X * logps_X), dhead_GVD), (dx_XD,)
 
     with exact_matmuls(source_RSD.dtype):
-        start, inputs = (jnp.zeros(()), _no_gradient(len(source_RSD), head_VD)), (source_RSD, targets_RS, slopes_RS)
+        start, inputs = (jnp.zeros(()), _no_gradient(head_VD)), (source_RSD, targets_RS, slopes_RS)
         (total, dhead_GVD), (dx_RSD,) = _over_chunks(chunk, start, softmax.backward_chunk, used, *inputs)
     return total, (dx_RSD, dhead_GVD.sum(axis=0).astype(head_VD.dtype))
 

@@ -12,6 +12,7 @@ from repo_jax.config import DataSection, ModelSection, Recipe, RunSection
 from repo_jax.data.batches import steps_per_epoch
 from repo_jax.data.rows import BUDGET, RowShape, sizes_of, suggest_shapes, too_long
 from repo_jax.data.store import TokenStore
+from repo_jax.hardware import visible
 from repo_jax.losses import DEFAULT_LOSS, Loss, make_loss
 from repo_jax.models.config import DecoderConfig
 from repo_jax.models.decoder import IN_VIEWS, Decoder, param_shapes
@@ -124,6 +125,8 @@ def set_up(recipe: Recipe, *, training: bool, pretrained: Pretrained | None = No
 
     Raises ValueError or FileNotFoundError with a message that says what to change.
     """
+    if training:
+        _check_backend()
     loss, hparams = make_loss(**recipe.loss)
     push_to = _push_to(recipe.run) if training else None
     pretrained = pretrained or open_model(model_files(recipe, weights=True))
@@ -145,7 +148,12 @@ def set_up(recipe: Recipe, *, training: bool, pretrained: Pretrained | None = No
             raise ValueError(
                 f"lora_dropout={recipe.model.lora_dropout:g} would drop other inputs in each pass of mode two_pass; set it to 0, or mode to direct"
             )
-        optim = dataclasses.replace(optim, mode="direct", two_pass_below=None)
+        if optim.two_pass_below is not None:
+            raise ValueError(
+                f"lora_dropout={recipe.model.lora_dropout:g} leaves only mode direct, so that nothing would read "
+                f"two_pass_below={optim.two_pass_below:g}; leave one of them out"
+            )
+        optim = dataclasses.replace(optim, mode="direct")
     tokenizer = tokenizer_of(recipe)
     if (largest := len(tokenizer)) > cfg.V:
         raise ValueError(
@@ -201,6 +209,16 @@ def _push_to(run: RunSection) -> str | None:
             )
         return None
     return check_push(run.hub_model_id or pathlib.Path(run.output_dir).absolute().name)
+
+
+def _check_backend() -> None:
+    """Nobody wants to find out after an hour that the accelerator was idle."""
+    if jax.default_backend() == "cpu" and "cpu" not in (jax.config.jax_platforms or "") and (found := visible()):
+        kind, line = found
+        raise ValueError(
+            f"this machine has a {kind} but JAX computes on the CPU; install what is missing with: {line}  "
+            "(JAX_PLATFORMS=cpu in the environment trains on the CPU all the same)"
+        )
 
 
 def _check_kernel(model: ModelSection, mesh: Mesh) -> None:

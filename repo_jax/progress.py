@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import os
 import pathlib
 import sys
 import time
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from repo_jax.config import DataSection
 from repo_jax.data.batches import steps_per_epoch
 from repo_jax.data.schema import PairTokens
+from repo_jax.distributed import primary
 from repo_jax.evaluation import Evaluation
 from repo_jax.flops import flops_of, lengths_of
 from repo_jax.hardware import chip_of, peak_memory
@@ -90,12 +92,15 @@ class Log:
         rates = jax.vmap(learning_rate(setup.recipe.optim, setup.total_steps))(jnp.arange(setup.total_steps))
         self._rates = np.asarray(jax.device_get(rates))
         self._epoch_steps = steps_per_epoch(len(setup.train), setup.recipe.optim.train_batch_size)
-        # Lines beyond the checkpoint belong to updates that will be done again.
-        kept = [line for line in read_metrics(path) if line["step"] <= start]
-        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for as long as the run
-        self._bar = tqdm(total=self._total, initial=start, desc="training", unit=" updates", disable=None)
-        self._pending = None  # (step, metrics, flops) of an update that may still run
+        if primary():
+            # Lines beyond the checkpoint belong to updates that will be done again.
+            kept = [line for line in read_metrics(path) if line["step"] <= start]
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = open(path if primary() else os.devnull, "a", encoding="utf-8")  # noqa: SIM115 - open for as long as the run
+        hidden = None if primary() else True
+        self._bar = tqdm(total=self._total, initial=start, desc="training", unit=" updates", disable=hidden)
+        self._pending = None  # (step, metrics, flops, ids of its pairs) of an update that may still run
+        self._most_skipped, self._skipped = setup.recipe.optim.max_skipped_updates, 0  # in a row
         self._began = compiled() if began is None else began
         self._before = compiled()  # the update that is started next
         self._start_line()
@@ -103,10 +108,13 @@ class Log:
     def update(self, step: int, metrics: dict, pairs: list[PairTokens]) -> None:
         """Takes the metrics of an update just started; writes those of the one before."""
         new = compiled().since(self._before)
+        if self._pending is not None:  # it ran meanwhile: no time to take off
+            self._compile_clock += new.seconds
         if new.programs and step > self._start + self.FIRST:
             say(f"update {step} compiled {new}")
         self.flush()
-        self._pending = (step, metrics, flops_of(self._cfg, lengths_of(pairs), trained=self._trained))
+        flops = flops_of(self._cfg, lengths_of(pairs), trained=self._trained)
+        self._pending = (step, metrics, flops, [pair.id for pair in pairs])
         self._pairs += len(pairs)
         self._tokens += sum(pair.slots for pair in pairs)
         self._bar.update()
@@ -114,13 +122,13 @@ class Log:
 
     def evaluated(self, evaluate: Callable[[], Evaluation]) -> None:
         """Adds an evaluation to the line of the pending update; its time is not counted as training."""
-        step, metrics, flops = self._pending
+        step, metrics, *others = self._pending
         jax.block_until_ready(metrics)
         started, before = time.perf_counter(), compiled()
         metrics |= {f"eval_{name}": value for name, value in evaluate().metrics.items()}
         self._clock += time.perf_counter() - started
         self._compile_clock += compiled().since(before).seconds
-        self._pending = (step, metrics, flops)
+        self._pending = (step, metrics, *others)
 
     def before_update(self) -> None:
         """On CPU, where running ahead gains nothing, the pending line is written now: its time is then its own."""
@@ -132,14 +140,23 @@ class Log:
         """Waits for the pending update and writes its line if one is due."""
         if self._pending is None:
             return
-        (step, metrics, flops), self._pending = self._pending, None
+        (step, metrics, flops, ids), self._pending = self._pending, None
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
-            # Raised before a checkpoint of it is written and before an older one is removed for that.
-            raise FloatingPointError(
-                f"update {step} has loss {metrics['loss']} and gradient norm {metrics['grad_norm']}: training has diverged and "
-                f"stops; start again with a lower learning_rate and a new output_dir"
+        skipped = not math.isfinite(metrics["loss"] + metrics["grad_norm"])
+        self._skipped = self._skipped + 1 if skipped else 0
+        if skipped:
+            evaluated = {name: value for name, value in metrics.items() if name.startswith("eval_")}
+            self._write({"step": step, "skipped": "its loss or gradient is not finite", "pairs": ids} | evaluated)
+            say(
+                f"update {step} has loss {metrics['loss']} and gradient norm {metrics['grad_norm']}: it is skipped; its pairs: {', '.join(ids)}"
             )
+            if self._skipped >= self._most_skipped:
+                # Raised before a checkpoint that has nothing new.
+                raise FloatingPointError(
+                    f"{self._skipped} updates in a row, the last of them {step}, had a loss or gradient that is not finite: training has "
+                    "diverged and stops; start again with a lower learning_rate and a new output_dir, or look at the pairs named above"
+                )
+            return
         self._updates += 1
         self._flops += flops.forward + flops.backward * metrics.get("active_token_fraction", 1.0)
         if step % self._every and step != self._total and "eval_loss" not in metrics:
@@ -151,13 +168,16 @@ class Log:
         }
         line |= metrics | self._rates_since_last_line()
         self._start_line()
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self._write(line)
         shown = [name for name in self.SHOWN if name in line]
         if self._bar.disable:
             say(f"update {step}/{self._total}  " + "  ".join(f"{name} {line[name]:.4g}" for name in shown))
         else:
             self._bar.set_postfix({name: f"{line[name]:.3g}" for name in shown})
+
+    def _write(self, line: dict) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
 
     def _start_line(self) -> None:
         self._clock, self._compile_clock = time.perf_counter(), compiled().seconds
@@ -166,7 +186,6 @@ class Log:
     def _rates_since_last_line(self) -> dict[str, float]:
         """How fast it goes, and what it has taken so far."""
         elapsed, so_far = time.perf_counter() - self._clock, compiled()
-        # What compiles while a device computes would be taken off twice over; then nothing is.
         seconds = elapsed - (so_far.seconds - self._compile_clock)
         seconds = seconds if seconds > 0 else elapsed
         rates = {
@@ -179,6 +198,11 @@ class Log:
             rates["mfu"] = self._flops / seconds / (self._chips * self._peak)
         total = so_far.since(self._began)
         return rates | peak_memory(self._devices) | {"compilations": total.programs, "compile_seconds": total.seconds}
+
+    @property
+    def skipping(self) -> bool:
+        """Whether the last update that was looked at was skipped."""
+        return self._skipped > 0
 
     def close(self) -> None:
         self.flush()
@@ -212,12 +236,13 @@ def describe(setup: Setup) -> str:
     shapes = " or ".join(f"{R} x {T} slots ({S} scored)" for R, T, S, _ in setup.shapes)
     mesh = " x ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items())
     lines.append(
-        f"{setup.total_steps} updates of {recipe.optim.train_batch_size} pairs, in rows of {shapes} at a time, on {mesh}"
+        f"{setup.total_steps} updates of {recipe.optim.train_batch_size} pairs, mode {recipe.optim.mode}, in rows of {shapes} at a time, on {mesh}"
     )
     return "\n".join(lines)
 
 
 def say(text: str) -> None:
-    """A line for whoever watches, above a progress bar if there is one."""
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
+    """A line for whoever watches, above a progress bar if there is one; of several processes the first one speaks."""
+    if primary():
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()

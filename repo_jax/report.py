@@ -47,6 +47,7 @@ def write_report(
             f"{results['pairs']} pairs. Accuracy counts pairs with margin above 0; a pair is active while its gradient is not 0.",
             "",
         ]
+    metrics, skipped = [line for line in metrics if "loss" in line], [line for line in metrics if "skipped" in line]
     _curve(folder / "loss.png", metrics, "loss", "loss", color="#3b6ea5")
     lines += ["![loss](loss.png)", ""]
     if margins is not None:
@@ -56,6 +57,12 @@ def write_report(
         folder / "active_fraction.png", metrics, "active_fraction", "active fraction", color="#b3541e", limits=(0, 1.02)
     )
     lines += ["![active fraction](active_fraction.png)", ""]
+    if skipped:
+        updates = ", ".join(str(line["step"]) for line in skipped)
+        lines += [
+            f"**Skipped** because the loss or the gradient was not finite: {updates} (their pairs stand in metrics.jsonl).",
+            "",
+        ]
     if metrics:
         last = metrics[-1]
         lines += ["## The last logged update", "", "| metric | value |", "| --- | --- |"]

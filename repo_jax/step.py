@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from repo_jax.data.rows import RowBatch, RowShape, row_batches
 from repo_jax.data.schema import PairTokens
-from repo_jax.logps import pair_logps, weighted_logps
+from repo_jax.distributed import from_primary
+from repo_jax.logps import exact_matmuls, pair_logps, weighted_logps
 from repo_jax.losses import Loss, PairLogps
 from repo_jax.metrics import preference_metrics
 from repo_jax.models.decoder import Decoder
@@ -72,7 +73,8 @@ def add_direct(
         pairs = pair_logps(model, variables_of(params, frozen), batch, dropout=dropout)
         return jnp.sum(loss.fn(pairs, **hparams), where=batch.filled_B) / len(batch.filled_B), pairs
 
-    grads, pairs = jax.grad(objective, has_aux=True)(params)
+    with exact_matmuls(model.dtype):  # also the rules of custom derivatives, which are traced here
+        grads, pairs = jax.grad(objective, has_aux=True)(params)
     return add(gathered, Gathered(grads, pairs))
 
 
@@ -82,7 +84,8 @@ def add_weighted(grads: dict, params: dict, frozen: dict | None, batch: RowBatch
     def objective(params):
         return weighted_logps(model, variables_of(params, frozen), batch, slopes_B2)
 
-    return add(grads, jax.grad(objective)(params))
+    with exact_matmuls(model.dtype):
+        return add(grads, jax.grad(objective)(params))
 
 
 def weigh(pairs: PairLogps, hparams: dict, *, loss: Loss) -> tuple[jax.Array, dict]:
@@ -97,14 +100,28 @@ def weigh(pairs: PairLogps, hparams: dict, *, loss: Loss) -> tuple[jax.Array, di
 
 
 def update(
-    state: TrainState, grads: dict, active, *, optimizer: optax.GradientTransformation
+    state: TrainState, grads: dict, active, loss=0.0, *, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, jax.Array, jax.Array]:
-    """The new state, the gradient's norm before clipping, and the running share of tokens that had a gradient."""
+    """The new state, the gradient's norm before clipping, and the running share of tokens that had a gradient.
+
+    Where the loss or the norm is not finite, parameters and moments stay as they are; the update and its learning rate are gone.
+    """
+    norm = optax.tree.norm(grads)
+    sound = jnp.isfinite(norm) & jnp.isfinite(loss)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = apply_updates(state.params, updates, step=state.step)
-    running = 0.9 * state.active_2[1] + 0.1 * active
-    state = TrainState(state.step + 1, params, opt_state, jnp.stack([state.active_2[1], running]))
-    return state, optax.tree.norm(grads), running
+
+    def kept(new, old):
+        # A schedule counts updates, also those that were skipped.
+        counts = isinstance(new, optax.ScaleByScheduleState)
+        return new if counts else jax.tree.map(lambda new, old: jnp.where(sound, new, old), new, old)
+
+    opt_state = jax.tree.map(
+        kept, opt_state, state.opt_state, is_leaf=lambda part: isinstance(part, optax.ScaleByScheduleState)
+    )
+    running = jnp.where(sound, 0.9 * state.active_2[1] + 0.1 * active, state.active_2[1])
+    active_2 = jnp.stack([state.active_2[1], running])
+    return TrainState(state.step + 1, kept(params, state.params), opt_state, active_2), norm, running
 
 
 class Scorer:
@@ -131,10 +148,15 @@ class Scorer:
             return self._weigh(pairs, self.hparams)
 
 
-def break_even(remat: str) -> float:
-    """The active share of tokens below which scoring first is cheaper: 1 + (3 + r) p forward passes against 3 + r."""
-    again = {"none": 0.0, "dots": 0.1, "attention": 0.9}.get(remat, 1.0)  # r: forwards that backward computes again
-    return (2 + again) / (3 + again)
+def break_even(remat: str, *, adapters: bool = False) -> float:
+    """The active share of tokens below which scoring first is cheaper: 1 + (1 + b) p forward passes against 1 + b.
+
+    b is what backward costs: the gradients of inputs and, unless only adapters are trained, of weights, each about a forward pass, and
+    what it computes again.
+    """
+    again = {"none": 0.0, "dots": 0.1, "attention": 0.9}.get(remat, 1.0)
+    backward = (1 if adapters else 2) + again
+    return backward / (1 + backward)
 
 
 class TrainStep:
@@ -164,7 +186,7 @@ class TrainStep:
     ):
         everywhere = NamedSharding(scorer.mesh, P())
         self._scorer, self._mode, self._frozen = scorer, mode, frozen
-        self._below = break_even(model.remat) if two_pass_below is None else two_pass_below
+        self._below = break_even(model.remat, adapters=frozen is not None) if two_pass_below is None else two_pass_below
         self._lately = None  # active_2 as numbers of their own, which no later update uses up
         self._dropout = jax.device_put(jax.random.key(seed), everywhere) if model.lora_dropout else None
         self._fold = jax.jit(jax.random.fold_in, out_shardings=everywhere)
@@ -224,15 +246,15 @@ class TrainStep:
     def _two_pass(self, params: dict, pairs, rows: list[RowBatch], update) -> tuple[dict, dict]:
         scorer = self._scorer
         slopes_B2, metrics = scorer.weigh(scorer(variables_of(params, self._frozen), rows))
-        # The one wait of this form: which answers to push back decides which rows there are.
-        wanted_B2 = np.asarray(jax.device_get(slopes_B2)) != 0
+        # The one wait of this form: which answers to push back decides which rows there are, the same on all hosts.
+        slopes_B2 = from_primary(np.asarray(jax.device_get(slopes_B2)))
         grads = self._zeros(params)
-        for batch in row_batches(pairs, scorer.shapes, wanted_B2=wanted_B2):
+        for batch in row_batches(pairs, scorer.shapes, wanted_B2=slopes_B2 != 0):
             grads = self._add_weighted(grads, params, self._frozen, place(batch, scorer.mesh), slopes_B2)
         return grads, metrics
 
     def form(self, state: TrainState) -> str:
-        """direct or two_pass: what the next update from this state takes."""
+        """direct or two_pass: what the next update takes. A TrainStep follows one chain of states, of which this is the newest."""
         if self._mode != "auto":
             return self._mode
         if self._lately is None:  # the first update of a process: nothing runs yet
@@ -248,9 +270,10 @@ class TrainStep:
         return self.apply(state, grads, metrics)
 
     def apply(self, state: TrainState, grads: dict, metrics: dict) -> tuple[TrainState, dict]:
-        """The state after the optimizer took these gradients, and the metrics with their norm; state and gradients are used up."""
+        """The state after the optimizer took these gradients, and the metrics with their norm; the state that came in is used up."""
         with jax.set_mesh(self._scorer.mesh):
-            state, grad_norm, running = self._update(state, grads, metrics["active_token_fraction"])
+            told = metrics["active_token_fraction"], metrics["loss"]
+            state, grad_norm, running = self._update(state, grads, *told)
         if self._lately is not None:
             self._lately = [self._lately[1], running]
         return state, metrics | {"grad_norm": grad_norm}

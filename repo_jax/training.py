@@ -1,6 +1,7 @@
 """The story of a run, top to bottom: prepare, score, train, score again, export, report."""
 
 import concurrent.futures
+import contextlib
 import pathlib
 from collections import deque
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from repo_jax.config import Recipe
 from repo_jax.data.batches import batch_indices
 from repo_jax.data.rows import RowBatch
 from repo_jax.data.schema import PairTokens
+from repo_jax.distributed import Interruption, agree, join, primary
 from repo_jax.evaluation import evaluate_pairs
 from repo_jax.export import card_of, export_adapter, export_merged, export_model, push_export
 from repo_jax.memory import explained, held_in_training, what_helps
@@ -21,7 +23,7 @@ from repo_jax.optimizer import make_optimizer
 from repo_jax.preparation import Setup, keep_programs, set_up
 from repo_jax.progress import Compiled, Log, compiled, describe, say
 from repo_jax.report import summary_text, write_report
-from repo_jax.run_folder import claim, read_metrics, read_results, save_evaluation
+from repo_jax.run_folder import claim, read_metrics, read_results, save_evaluation, what_runs
 from repo_jax.state import TrainState, initial_state, state_shapes, state_shardings, variables_of
 from repo_jax.step import Scorer, TrainStep
 
@@ -29,15 +31,18 @@ from repo_jax.step import Scorer, TrainStep
 def train(recipe: Recipe) -> pathlib.Path:
     """Trains by a recipe, evaluates, exports and reports; returns the run's folder, with the model in its hf/.
 
-    Goes on from the folder's newest checkpoint. Raises ValueError or FileNotFoundError, before any device work, for what
-    cannot be run.
+    Goes on from the folder's newest checkpoint. Several processes call it together (distributed.join), with an output_dir that all
+    of them see. Raises ValueError or FileNotFoundError, before any device work, for what cannot be run, and InterruptedRunError when
+    SIGTERM or Ctrl-C has ended it with its state saved.
     """
+    join()
     return run(prepare(recipe))
 
 
 def prepare(recipe: Recipe) -> Setup:
     """Looks at every value of the recipe and makes its output folder this run's."""
     setup = set_up(recipe, training=True)
+    agree(what_runs(setup))
     claim(setup)
     return setup
 
@@ -106,7 +111,11 @@ def batches_ahead(setup: Setup, step: TrainStep, start: int) -> Iterator[tuple[i
             done = coming.popleft().result()
             if k < setup.total_steps:
                 coming.append(thread.submit(build, k))
-            yield done
+            try:
+                yield done
+            except GeneratorExit:  # the run ends here: what nobody will take is not built
+                thread.shutdown(wait=False, cancel_futures=True)
+                raise
 
 
 def run_updates(
@@ -121,37 +130,41 @@ def run_updates(
 ) -> TrainState:
     """Updates start .. total_steps - 1, with the evaluations and checkpoints that fall due."""
     run, total, folder = setup.recipe.run, setup.total_steps, pathlib.Path(setup.recipe.run.output_dir)
-    first, last = run.traced
-    traced = range(max(first, start + 1), min(last, total) + 1)
+    from_, to = run.traced
+    traced = range(max(from_, start + 1), min(to, total) + 1)
     if start < total:
         say("compiling: the first update takes longer")
-    for k, pairs, rows in batches_ahead(setup, step, start):
-        log.before_update()
-        if traced and k + 1 == traced[0]:
-            jax.block_until_ready(state)  # what still runs is not of this update
-            jax.profiler.start_trace(folder / "profile")
-        state, metrics = step(state, pairs, rows)
-        if traced and k + 1 == traced[-1]:
-            jax.block_until_ready(state)
-            jax.profiler.stop_trace()
-            say(f"updates {traced[0]}-{traced[-1]} are traced in {folder / 'profile'}; xprof shows them")
-        log.update(k + 1, metrics, pairs)
-        if setup.held_out is not None and run.eval_steps and (k + 1) % run.eval_steps == 0:
-            variables = variables_of(state.params, frozen)
-            log.evaluated(lambda variables=variables: evaluate_pairs(scorer, variables, setup.held_out))
-        if (k + 1) % run.save_steps == 0 or k + 1 == total:
-            log.flush()  # what a checkpoint covers stands in the log before the checkpoint exists
-            checkpoints.save(state, k + 1)
+    with Interruption() as interruption, contextlib.closing(batches_ahead(setup, step, start)) as coming:
+        for k, pairs, rows in coming:
+            log.before_update()
+            if traced and k + 1 == traced[0]:
+                jax.block_until_ready(state)  # what still runs is not of this update
+                jax.profiler.start_trace(folder / "profile")
+            state, metrics = step(state, pairs, rows)
+            if traced and k + 1 == traced[-1]:
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
+                say(f"updates {traced[0]}-{traced[-1]} are traced in {folder / 'profile'}; xprof shows them")
+            log.update(k + 1, metrics, pairs)
+            if setup.held_out is not None and run.eval_steps and (k + 1) % run.eval_steps == 0:
+                variables = variables_of(state.params, frozen)
+                log.evaluated(lambda variables=variables: evaluate_pairs(scorer, variables, setup.held_out))
+            stopping = interruption.due(k + 1) and k + 1 < total
+            if (k + 1) % run.save_steps == 0 or k + 1 == total or stopping:
+                log.flush()  # what a checkpoint covers stands in the log before the checkpoint exists
+                last = stopping or k + 1 == total
+                if last or not log.skipping:  # else the run may have diverged, and an older checkpoint be worth more
+                    checkpoints.save(state, k + 1, last=last)
+            if stopping:
+                log.close()
+                raise interruption.error(f"{folder}/checkpoint-{k + 1} of {total}")
     log.close()
     return state
 
 
 def finish(setup: Setup, params: dict, frozen: dict | None, folder: pathlib.Path) -> None:
     """Exports, writes the report, and says what came of the run."""
-    results = read_results(folder)
-    margins = None
-    if results is not None:
-        margins = tuple(np.load(folder / f"margins_{when}.npy") for when in ("before", "after"))
+    results = read_results(folder) if primary() else None
     recipe, base = setup.recipe, folder / "base"
     options = {"base": base, "output": folder / "hf", "card": card_of(recipe, base, results=results, adapter=False)}
     if frozen is None:
@@ -160,6 +173,14 @@ def finish(setup: Setup, params: dict, frozen: dict | None, folder: pathlib.Path
         card = card_of(recipe, base, results=results, adapter=True)
         export_adapter(params, setup.cfg, model=recipe.model, base=base, output=folder / "adapter", card=card)
         difference = export_merged(params, frozen, setup.pretrained, setup.mesh, model=recipe.model, **options)
+    if primary():
+        _tell(setup, folder, results, difference, adapter=frozen is not None)
+
+
+def _tell(setup: Setup, folder: pathlib.Path, results: dict | None, difference: float, *, adapter: bool) -> None:
+    margins = None
+    if results is not None:
+        margins = tuple(np.load(folder / f"margins_{when}.npy") for when in ("before", "after"))
     report = write_report(
         folder,
         metrics=read_metrics(folder / "metrics.jsonl"),
@@ -171,10 +192,10 @@ def finish(setup: Setup, params: dict, frozen: dict | None, folder: pathlib.Path
     if results is not None:
         say(f"\n{results['pairs']} held-out pairs\n{summary_text(results['before'], results['after'])}\n")
     say(f"model   {folder / 'hf'}  (reloaded; log-probs within {difference:.1g} of the trained model's)")
-    if frozen is not None:
+    if adapter:
         say(f"adapter {folder / 'adapter'}  (for PEFT)")
     say(f"report  {report}")
     if setup.push_to is not None:
-        run = recipe.run
+        run = setup.recipe.run
         page = push_export(folder / "hf", setup.push_to, private=run.hub_private_repo, revision=run.hub_revision)
         say(f"hub     {page}")

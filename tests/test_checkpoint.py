@@ -1,3 +1,5 @@
+import resource
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +8,7 @@ import pytest
 from examples import STORIES, stories
 
 from repo_jax.checkpoint import Checkpoints, restore_params
+from repo_jax.config import StoppedError
 from repo_jax.models.config import DecoderConfig
 from repo_jax.models.decoder import param_shapes
 from repo_jax.sharding import make_mesh
@@ -100,3 +103,41 @@ def test_parameters_can_be_restored_alone(tmp_path):
 def test_what_is_not_a_checkpoint_is_said_to_be_none(tmp_path):
     with pytest.raises(FileNotFoundError, match="is not a checkpoint-N folder of a run; give the path of one"):
         restore_params(tmp_path, {}, {})
+
+
+@pytest.fixture
+def full_disk():
+    """Stands in for a full disk: from when it is called on, this process cannot write files of more than so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size or before[0], before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_said_and_the_ones_before_stay(tmp_path, full_disk, capsys):
+    state, shapes, shardings = state_on(make_mesh(1, 1, 1, jax.devices()[:1]))
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(state, 1, last=True)
+        full_disk(100_000)
+        checkpoints.save(state, 2)
+        with pytest.raises(
+            StoppedError, match=r"checkpoint-3 could not be written; checkpoint-1 stays the newest; make room in"
+        ):
+            checkpoints.save(state, 3, last=True)
+        said = capsys.readouterr().err
+        assert "checkpoint-2 could not be written (" in said and "File too large" in said and "training goes on" in said
+        assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1"}
+        full_disk(None)
+        checkpoints.save(advance(state), 4)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-4"}
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert_bit_for_bit(checkpoints.restore(1, shapes, shardings), state)
+        assert_bit_for_bit(checkpoints.restore(4, shapes, shardings), advance(state))
+
+
+def test_a_folder_that_cannot_be_written_to_is_said_too(tmp_path, capsys):
+    state = state_on(make_mesh(1, 1, 1, jax.devices()[:1]))[0]
+    with Checkpoints(tmp_path / "run", keep=2) as checkpoints:
+        (tmp_path / "run").rmdir()
+        (tmp_path / "run").write_text("no folder any more")
+        with pytest.raises(StoppedError, match=r"checkpoint-1 could not be written; there is none yet"):
+            checkpoints.save(state, 1, last=True)

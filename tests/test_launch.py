@@ -16,11 +16,11 @@ def launch(tmp_path):
     python.chmod(0o755)
     environment = {"PATH": f"{python.parent}:{os.environ['PATH']}", "VIRTUAL_ENV": str(tmp_path)}
 
-    def run(script, *arguments):
+    def run(script, *arguments, **env):
         calls.unlink(missing_ok=True)
         done = subprocess.run(
             ["bash", ROOT / "launch" / script, *arguments],
-            env=environment,
+            env=environment | {"devices": str(tmp_path / "dev")} | env,
             cwd=tmp_path,
             capture_output=True,
             text=True,
@@ -55,6 +55,33 @@ def test_a_changed_list_is_installed_again(launch, tmp_path):
 def test_flags_and_a_recipe_reach_the_command(launch):
     assert launch("local.sh", "--gamma", "0.3")[-1] == "-m repo_jax train configs/quickstart.yaml --gamma 0.3"
     assert launch("local.sh", "mine.yaml", "--seed", "1")[-1] == "-m repo_jax train mine.yaml --seed 1"
+
+
+@pytest.mark.parametrize(
+    "device, driver, given, extra",
+    [
+        (None, None, {}, ""),
+        ("accel0", None, {}, "[tpu]"),
+        ("vfio/0", None, {}, "[tpu]"),
+        ("nvidia0", "580.65.06", {}, "[cuda13]"),
+        ("nvidia0", "535.104", {}, "[cuda12]"),
+        ("nvidia0", None, {}, "[cuda12]"),
+        ("nvidiactl", None, {}, ""),
+        ("nvidia0", "580.65.06", {"ACCELERATOR": "cuda12"}, "[cuda12]"),
+        ("accel0", None, {"ACCELERATOR": "none"}, ""),
+    ],
+)
+def test_what_jax_needs_for_the_devices_is_installed(launch, tmp_path, device, driver, given, extra):
+    if device is not None:
+        (tmp_path / "dev" / device).parent.mkdir(parents=True)
+        (tmp_path / "dev" / device).touch()
+    if driver is not None:
+        smi = tmp_path / "bin" / "nvidia-smi"
+        smi.write_text(f"#!/bin/sh\necho {driver}\n")
+        smi.chmod(0o755)
+    assert launch("local.sh", **given)[0].endswith(f" -e {ROOT}{extra}")
+    assert launch("local.sh", **given)[0].startswith("-m repo_jax train")  # and not again
+    assert "pip install" in launch("local.sh", ACCELERATOR="cuda12" if extra == "[tpu]" else "tpu")[0]
 
 
 VMEM = "LIBTPU_INIT_ARGS=--xla_tpu_scoped_vmem_limit_kib="

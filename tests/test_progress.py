@@ -53,13 +53,24 @@ def test_a_line_says_rate_and_epoch_and_comes_when_it_is_due(tmp_path):
     assert [(line["step"], line["learning_rate"], line["epoch"]) for line in lines] == [(3, 0.25, 1.5), (4, 0.125, 2.0)]
 
 
-@pytest.mark.parametrize("bad", [metrics(float("nan")), metrics(1.0, float("inf"))])
-def test_a_run_that_has_diverged_stops_before_it_saves(tmp_path, bad):
-    log = make_log(tmp_path / "m", every=100)
-    log.update(1, bad, [])
-    with pytest.raises(FloatingPointError, match=r"update 1 has loss .* lower learning_rate"):
+BAD = [metrics(float("nan")), metrics(1.0, float("inf"))]
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_skipped_update_is_said_with_its_pairs_and_too_many_in_a_row_end_the_run(tmp_path, capsys, bad):
+    log, pairs = make_log(tmp_path / "m", total=9), random_pairs(2, V=50)
+    for step, one in enumerate([bad, bad, metrics(1.0), bad, bad], 1):
+        log.update(step, dict(one), pairs)
         log.flush()
-    assert read_metrics(tmp_path / "m") == []
+        assert log.skipping == (one is bad)
+    log.update(6, dict(bad), pairs)
+    with pytest.raises(FloatingPointError, match=r"3 updates in a row, the last of them 6, .* lower learning_rate"):
+        log.flush()
+    lines = read_metrics(tmp_path / "m")
+    assert [(line["step"], line.get("pairs"), "loss" in line) for line in lines] == [
+        (step, None if step == 3 else ["pair 0", "pair 1"], step == 3) for step in range(1, 7)
+    ]
+    assert "update 2 has loss" in (said := capsys.readouterr().out) and "its pairs: pair 0, pair 1" in said
 
 
 @pytest.fixture
@@ -194,7 +205,7 @@ def test_a_run_is_described_with_what_became_of_every_row(tmp_path):
         "  warning: 1 of 5 rows dropped (20.0%), pairs with an empty answer or an empty prompt: row-1",
         "  warning: 1 of 5 rows kept (20.0%), pairs that were cut to max_length or max_prompt_length: row-3",
         f"held-out: 1 pairs of {tmp_path / 'test.jsonl'} (explicit, texts)",
-        "3 updates of 2 pairs, in rows of 4 x 256 slots (128 scored) or 4 x 128 slots (64 scored) at a time, on data 1 x fsdp 8",
+        "3 updates of 2 pairs, mode auto, in rows of 4 x 256 slots (128 scored) or 4 x 128 slots (64 scored) at a time, on data 1 x fsdp 8",
     ]
     data = DataSection(truncation="keep_end", max_length=64, use_poet=True, dataset_name="a.jsonl", row_length=128)
     setup.recipe = dataclasses.replace(setup.recipe, data=data)

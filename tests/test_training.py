@@ -326,9 +326,31 @@ def test_a_run_that_diverges_stops_and_leaves_no_checkpoint_of_it(recipe, tmp_pa
     process = command(recipe, tmp_path / "run", "--learning_rate", "1e25", "--save_steps", "1")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 1 and "Traceback" not in output
-    stopped = int(re.search(r"repo-jax: update (\d+) has loss .* lower learning_rate", output)[1])
+    stopped = int(re.search(r"repo-jax: 3 updates in a row, the last of them (\d+), .* lower learning_rate", output)[1])
+    assert [line["step"] for line in lines(tmp_path / "run") if "skipped" in line] == [
+        stopped - 2,
+        stopped - 1,
+        stopped,
+    ]
     kept = [int(path.name.split("-")[1]) for path in (tmp_path / "run").glob("checkpoint-*")]
-    assert max(kept) < stopped and not (tmp_path / "run" / "hf").exists()
+    assert max(kept) < stopped - 2 and not (tmp_path / "run" / "hf").exists()
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_run_that_is_told_to_stop_saves_says_how_to_go_on_and_does_so(recipe, unbroken, tmp_path, number, status):
+    run = tmp_path / "run"
+    process = command(recipe, run)
+    deadline = time.monotonic() + 240
+    while not ((run / "metrics.jsonl").exists() and lines(run)):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.01)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == status and "Traceback" not in output
+    stopped = int(re.search(r"checkpoint-(\d+) of 12 is saved, and the same command goes on from there", output)[1])
+    assert 0 < stopped < STEPS and (run / f"checkpoint-{stopped}").is_dir()
+    assert f"going on from {run}/checkpoint-{stopped}" in finished(command(recipe, run))
+    assert (run / "hf" / "model.safetensors").read_bytes() == (unbroken[0] / "hf" / "model.safetensors").read_bytes()
 
 
 def test_a_single_file_trains_without_held_out_pairs(recipe, tmp_path):

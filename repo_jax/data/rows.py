@@ -236,7 +236,7 @@ def too_long(pair: PairTokens, T: int, S: int, Y: int = 0) -> ValueError:
     answer, length = ("chosen", c) if c >= r else ("rejected", r)
     return ValueError(
         f"pair '{pair.id}' ({pair.where}) takes {p + length} entries of a view (prompt {p} + {answer} {length}) but view_length is {Y}; "
-        f"raise view_length to {round_up(p + length, 128)}, or lower max_length below {p + length} to drop or cut such pairs"
+        f"lower max_length below {p + length} to drop or cut such pairs"
     )
 
 

@@ -1,4 +1,4 @@
-"""Attention for one CPU: blocks that fit its caches, and only those in which something is visible.
+"""Attention for one CPU: blocks that fit its caches, and only those in which something may be visible.
 
 Axis letters: B packed rows, T token slots of a row, X slots of all rows end to end, I blocks of them, Q queries of a block,
 S keys of a block, N query heads, K key/value heads, H head size.
@@ -17,7 +17,7 @@ BLOCK = 128  # slots; 128 x 128 logits and the rows of q, k and v that make them
 
 
 class Sight(NamedTuple):
-    """All rows end to end, and which blocks of keys a block of queries has to look at: first_I[i] .. i."""
+    """All rows end to end, and which blocks of keys a block of queries has to look at: first_I[i] .. i, whatever the window."""
 
     positions_X: jax.Array
     segments_X: jax.Array  # numbered over all rows; 0 is padding

@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from repo_jax.distributed import wait_for_all
 from repo_jax.models.config import DecoderConfig
 from repo_jax.models.tensors import DTYPES, TensorFiles, nbytes, write_file
 
@@ -435,30 +436,21 @@ def to_hf(
     }
     files = plan_files(tensors, max_shard_bytes=max_shard_bytes, processes=jax.process_count())
     mine = [file for file in files if file.process == jax.process_index()]
-    _wait_for_all()  # nobody writes before everybody has looked into the folder
+    wait_for_all("looked for weights")  # nobody writes before everybody has looked into the folder
     stream = hf_tensors(params, cfg, dtypes=dtypes, mine={name for file in mine for name in file.tensors})
     try:
         for file in mine:
             write_file(folder / file.name, file.tensors, itertools.islice(stream, len(file.tensors)))
         for _ in stream:  # what the others have still to gather
             pass
-        _wait_for_all()
+        wait_for_all("weights are written")
         if len(files) > 1 and jax.process_index() == 0:
             total = sum(nbytes(*tensor) for tensor in tensors.values())
             weight_map = {name: file.name for file in files for name in file.tensors}
             text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True)
             index.write_text(text + "\n", encoding="utf-8")
-        _wait_for_all()
+        wait_for_all("the index is written")
     except BaseException:
         for file in mine:
             (folder / file.name).unlink(missing_ok=True)
         raise
-
-
-def _wait_for_all() -> None:
-    """Returns once every process has come here."""
-    if jax.process_count() == 1:
-        return
-    mesh = Mesh(np.array(jax.devices()), ("all",))
-    ones = jax.make_array_from_callback((mesh.size,), NamedSharding(mesh, P("all")), lambda index: np.ones(1, np.int32))
-    jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, P()))(ones).block_until_ready()

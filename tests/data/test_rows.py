@@ -496,7 +496,7 @@ def test_a_pair_with_a_longer_view_than_a_row_has_room_for_is_refused():
         row_batches([pair], RowShape(1, 512, 512, Y=139))
     assert str(refused.value) == (
         "pair 'ultra:9' (pairs.jsonl line 9) takes 140 entries of a view (prompt 100 + rejected 40) but view_length is 139; "
-        "raise view_length to 256, or lower max_length below 140 to drop or cut such pairs"
+        "lower max_length below 140 to drop or cut such pairs"
     )
     assert len(row_batches([pair], RowShape(1, 512, 512, Y=140))) == 1
 
