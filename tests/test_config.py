@@ -300,6 +300,12 @@ def test_what_is_not_yaml_is_refused_in_one_line_with_its_place(refusal, tmp_pat
     assert "\n" not in said
 
 
+def test_yaml_that_wants_python_is_refused(refusal, tmp_path):
+    touched = tmp_path / "touched"
+    said = refusal(f"loss: !!python/object/apply:pathlib.Path.touch [{touched}]")
+    assert "python/object" in said and not touched.exists()
+
+
 def test_yaml_that_holds_no_sections_is_refused(refusal, tmp_path):
     path = tmp_path / "recipe.yaml"
     assert refusal("- a\n- b\n", model="") == f"'{path}' holds a list; wanted the sections {SECTION_NAMES}"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from examples import ASSETS, STORIES, TINY
 
-from repo_jax import preparation
+from repo_jax import hardware, preparation
 from repo_jax.config import ModelSection, to_recipe
 from repo_jax.models.config import DecoderConfig
 from repo_jax.models.lora import adapter_shapes, save_adapter
@@ -222,3 +222,20 @@ def test_what_a_setup_trains_and_freezes(tmp_path):
     assert sorted(setup.trained_shapes["layers_L"]["attn"]) == ["q_DNH", "v_DKH"]
     setup = adapters(tmp_path, use_peft=False, model_name_or_path=str(STORIES), lora_r=16)
     assert setup.frozen_shapes is None and setup.trained_shapes["embed_VD"].dtype == "float32"
+
+
+@pytest.mark.parametrize("kind, line", [("TPU", "'jax[tpu]'"), ("NVIDIA GPU", "'jax[cuda12]'")])
+def test_training_on_the_cpu_beside_an_idle_accelerator_is_refused_unless_it_is_meant(
+    monkeypatch, tmp_path, kind, line
+):
+    file = tmp_path / {"TPU": "accel0", "NVIDIA GPU": "nvidia0"}[kind]
+    file.touch()
+    monkeypatch.setattr(preparation, "visible", lambda: hardware.visible(str(tmp_path)))
+    preparation._check_backend()  # JAX_PLATFORMS=cpu, as in all tests
+    unset = types.SimpleNamespace(default_backend=lambda: "cpu", config=types.SimpleNamespace(jax_platforms=None))
+    monkeypatch.setattr(preparation, "jax", unset)
+    with pytest.raises(ValueError, match=f"has a {kind} but JAX computes on the CPU") as refused:
+        preparation._check_backend()
+    assert line in str(refused.value) and "JAX_PLATFORMS=cpu" in str(refused.value)
+    file.unlink()
+    preparation._check_backend()

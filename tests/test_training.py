@@ -28,6 +28,7 @@ from repo_jax.run_folder import read_metrics
 from repo_jax.training import batches_ahead, prepare
 
 STEPS, SAVE = 12, 5
+SECRETS = {"HF_TOKEN": "hf_MyOwnToken", "AWS_SECRET_ACCESS_KEY": "MyOwnKey"}
 # What differs from one run to the next.
 TIMINGS = {"step_time", "pairs_per_second", "tokens_per_second", "tokens_per_second_per_chip"}
 TIMINGS |= {"peak_process_memory_gib", "compilations", "compile_seconds"}
@@ -57,7 +58,7 @@ def command(recipe, output, *flags):
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     # Programs are compiled once for all runs.
     environment |= {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
-    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"} | SECRETS
     arguments = [sys.executable, "-m", "repo_jax", "train", str(recipe), "--output_dir", str(output), *flags]
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
@@ -95,6 +96,15 @@ def test_a_run_leaves_everything_that_was_promised(unbroken):
         numbers = re.search(rf"{words}.*?(-?\d\.\d+)\s+(-?\d\.\d+)", output)
         assert [float(n) for n in numbers.groups()] == [round(results[when][name], 3) for when in ("before", "after")]
     assert str(run / "hf") in output and str(run / "report.md") in output
+
+
+def test_tokens_and_keys_stand_nowhere_in_what_a_run_writes_and_says(unbroken):
+    run, said = unbroken
+    files = [path for path in run.rglob("*") if path.is_file()]
+    assert len(files) > 20
+    for secret in SECRETS.values():
+        assert secret not in said
+        assert not [path for path in files if secret.encode() in path.read_bytes()]
 
 
 def test_each_update_is_logged_once_under_trls_names(unbroken):
