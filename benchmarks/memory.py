@@ -12,13 +12,14 @@ vocabularies and sizes of the head's chunk: bytes for each logit of a chunk (4 a
 import argparse
 import dataclasses
 
-from compile import SHAPES, Programs, topology_devices  # first: it sets up the environment
-
-import jax  # isort: skip
+import jax
 import numpy as np
+from compile import SHAPES, recipe_of
 
 from repo_jax.data.rows import RowShape
+from repo_jax.programs import Programs
 from repo_jax.sharding import make_mesh
+from repo_jax.topology import parse_topology, topology_devices, without_accelerators
 
 MIB = 2**20
 T, D = 1152, 256
@@ -36,13 +37,14 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, nargs=2, default=[512, 1024], help="tokens in a chunk of the head")
     arguments = parser.parse_args()
     on_cpu = arguments.topology == "cpu"
-    devices = jax.devices()[:1] if on_cpu else topology_devices(arguments.topology)
+    without_accelerators()
+    devices = jax.devices()[:1] if on_cpu else topology_devices(parse_topology(arguments.topology))
     mesh, dtype = make_mesh(len(devices), 1, 1, devices), "float32" if on_cpu else "bfloat16"
 
     def rest(name: str, V: int, rows: int, chunk: int) -> tuple[float, float]:
         """Peak and rest, in bytes."""
         cfg = dataclasses.replace(BASE, V=V)
-        programs = Programs(cfg, mesh, RowShape(rows * len(devices), T, T, T), 16, dtype=dtype)
+        programs = Programs(recipe_of(16, dtype=dtype), cfg, mesh, RowShape(rows * len(devices), T, T, T))
         programs.model = programs.model.clone(head_chunks=(chunk, chunk))
         memory = programs(name).memory_analysis()
         peak = memory.peak_memory_in_bytes

@@ -3,6 +3,7 @@
 import math
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -18,7 +19,8 @@ BATCH = P(("data", "fsdp"))  # the leading axis of every batch and activation
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> Mesh:
     """A mesh with axes data, fsdp and tensor; one of them may be -1 and takes the devices that are left.
 
-    Raises ValueError when the axes do not multiply to the number of devices.
+    Slices of a multi-slice TPU lie side by side along data, so that nothing else leaves a slice. Raises ValueError when the axes do not
+    multiply to the number of devices, or data not to that of the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
@@ -36,7 +38,21 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
             f"mesh {said} needs {fixed} devices but {len(devices)} are present; "
             f"make the axes multiply to {len(devices)}, or set one of them to -1"
         )
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    slices = {}
+    for device in devices if devices[0].platform == "tpu" else ():
+        slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
+    if len(slices) <= 1:
+        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    if sizes["data"] % len(slices):
+        raise ValueError(
+            f"mesh {said} is for {len(slices)} slices, which only data spans: the links between them are slow; make data a multiple of "
+            f"{len(slices)}, as in --mesh.data {len(slices)}"
+        )
+    parts = [
+        make_mesh(sizes["data"] // len(slices), sizes["fsdp"], sizes["tensor"], slices[i]).devices
+        for i in sorted(slices)
+    ]
+    return Mesh(np.concatenate(parts), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def batch_ways(mesh: Mesh) -> int:

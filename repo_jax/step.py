@@ -100,7 +100,7 @@ def weigh(pairs: PairLogps, hparams: dict, *, loss: Loss) -> tuple[jax.Array, di
 
 
 def update(
-    state: TrainState, grads: dict, active, loss=0.0, *, optimizer: optax.GradientTransformation
+    state: TrainState, grads: dict, active, loss, *, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, jax.Array, jax.Array]:
     """The new state, the gradient's norm before clipping, and the running share of tokens that had a gradient.
 

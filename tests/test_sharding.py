@@ -86,3 +86,24 @@ def test_scoring_rows_with_whole_weights_communicates_sums_only():
 
 
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter", "all-reduce-start")
+
+
+class SliceDevice:
+    """A device of a multi-slice TPU, as far as a mesh asks."""
+
+    platform, device_kind, process_index, core_on_chip = "tpu", "TPU v6 lite", 0, 0
+
+    def __init__(self, id, slice_index):
+        self.id, self.slice_index, self.coords = id, slice_index, (id % 2, id // 2 % 2, 0)
+
+
+def test_slices_lie_side_by_side_along_data():
+    devices = [SliceDevice(i, i // 4) for i in range(8)]
+    mesh = make_mesh(2, 2, -1, devices[::-1])
+    assert mesh.shape == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert [{device.slice_index for device in part.flat} for part in mesh.devices] == [{0}, {1}]
+
+
+def test_data_that_is_no_multiple_of_the_slices_is_refused():
+    with pytest.raises(ValueError, match=r"make data a multiple of 2, as in --mesh.data 2"):
+        make_mesh(1, -1, 1, [SliceDevice(i, i // 4) for i in range(8)])

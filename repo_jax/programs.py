@@ -1,0 +1,141 @@
+"""The programs of an update without an array in them: shapes that know where they would live, to be compiled for any devices."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from repo_jax.config import Recipe
+from repo_jax.data.rows import RowBatch, RowShape
+from repo_jax.losses import make_loss
+from repo_jax.memory import held_in_training
+from repo_jax.models.config import DecoderConfig
+from repo_jax.models.decoder import param_shapes
+from repo_jax.models.lora import adapter_shapes
+from repo_jax.optimizer import make_optimizer
+from repo_jax.preparation import decoder
+from repo_jax.sharding import BATCH, param_shardings
+from repo_jax.state import TrainState, state_shapes, state_shardings, variables_of
+from repo_jax.step import Gathered, add_direct, add_weighted, no_pairs, score, update
+
+
+def with_dtypes(recipe: Recipe) -> Recipe:
+    """The recipe with the dtypes that auto stands for on the accelerators that can be planned for, which all multiply bfloat16 fast."""
+    model = recipe.model
+    compute = "bfloat16" if model.compute_dtype == "auto" else model.compute_dtype
+    kept = compute if model.use_peft else "float32"
+    param = kept if model.param_dtype == "auto" else model.param_dtype
+    return dataclasses.replace(recipe, model=dataclasses.replace(model, compute_dtype=compute, param_dtype=param))
+
+
+def trained_and_frozen(recipe: Recipe, cfg: DecoderConfig) -> tuple[dict, dict | None]:
+    """The shapes of what an update changes and of what adapters lie over, None where all parameters are trained."""
+    model = recipe.model
+    whole = param_shapes(cfg, model.param_dtype)
+    if not model.use_peft:
+        return whole, None
+    return adapter_shapes(cfg, model.lora_r, model.lora_target_modules), whole
+
+
+def sharded(shapes, shardings):
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+    )
+
+
+class Held:
+    """What an update of the recipe keeps on each device of a mesh, which need not be one of devices (AbstractMesh)."""
+
+    def __init__(self, recipe: Recipe, cfg: DecoderConfig, mesh):
+        trained, frozen = trained_and_frozen(recipe, cfg)
+        self.optimizer = make_optimizer(recipe.optim, 100)
+        self.shapes = state_shapes(trained, self.optimizer)
+        self.shardings: TrainState = state_shardings(self.shapes, self.optimizer, mesh)
+        self.frozen = None if frozen is None else sharded(frozen, param_shardings(frozen, mesh))
+        self.bytes = held_in_training(self.shapes, self.shardings, self.frozen)
+
+
+class Programs:
+    """The programs of an update on batches of one shape, jitted as Scorer and TrainStep do it; calling with a name compiles.
+
+    The recipe's dtypes are filled in (with_dtypes).
+    """
+
+    def __init__(self, recipe: Recipe, cfg: DecoderConfig, mesh: Mesh, shape: RowShape):
+        B = recipe.optim.train_batch_size
+        held = Held(recipe, cfg, mesh)
+        self.cfg, self.mesh, self.model = cfg, mesh, decoder(recipe.model, cfg, mesh)
+        self.loss, hparams = make_loss(**recipe.loss)
+        self.optimizer, self.shardings, self.held, self.frozen = held.optimizer, held.shardings, held.bytes, held.frozen
+        self.everywhere = NamedSharding(mesh, P())
+        self.state = sharded(held.shapes, held.shardings)
+        self.hparams = {name: self._whole((), jnp.float32) for name in hparams}
+        self.slopes_B2 = self._whole((B, 2), jnp.float32)
+        self.pairs = self._everywhere(jax.eval_shape(lambda: no_pairs(B)))
+        self.dropout = self._everywhere(jax.eval_shape(lambda: jax.random.key(0))) if self.model.lora_dropout else None
+        (R, T, S, Y), rows = shape, NamedSharding(mesh, BATCH)
+        ints = {name: (R, T) for name in ("tokens_RT", "positions_RT", "segments_RT", "prompts_RT")}
+        ints |= {name: (R, S) for name in ("targets_RS", "sources_RS", "answers_RS")}
+        ints |= {"views_R2Y": (R, 2, Y)} if Y else {}
+        self.batch = RowBatch(
+            **{name: jax.ShapeDtypeStruct(size, jnp.int32, sharding=rows) for name, size in ints.items()},
+            filled_B=self._whole((B,), bool),
+        )
+
+    def _whole(self, shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.everywhere)
+
+    def _everywhere(self, tree):
+        return jax.tree.map(lambda leaf: self._whole(leaf.shape, leaf.dtype), tree)
+
+    def __call__(self, name: str, compiler_options: dict | None = None):
+        """The compiled program. Raises JaxRuntimeError where a TPU's compiler finds that it does not fit."""
+        fn, args, out_shardings = PROGRAMS[name](self)
+        platform = self.mesh.devices.flat[0].platform
+        with jax.set_mesh(self.mesh):
+            traced = jax.jit(fn, donate_argnums=0, out_shardings=out_shardings).trace(*args)
+            lowered = traced.lower(lowering_platforms=({"gpu": "cuda"}.get(platform, platform),))
+            return lowered.compile(compiler_options or None)
+
+    def beside(self, name: str) -> int:
+        """Bytes that a device holds while the program runs and that are none of its arguments."""
+        # The optimizer sees no frozen parameters, and every other program no moments.
+        kinds = ("frozen parameters",) if name == "update" else ("moments",)
+        return sum(self.held.get(kind, 0) for kind in kinds)
+
+    @property
+    def grads(self):
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding), self.state.params
+        )
+
+    def score(self):
+        fn = functools.partial(score, model=self.model)
+        return fn, (self.pairs, variables_of(self.state.params, self.frozen), self.batch), self.everywhere
+
+    def add_direct(self):
+        fn = functools.partial(add_direct, model=self.model, loss=self.loss)
+        gathered = Gathered(self.grads, self.pairs)
+        args = (gathered, self.state.params, self.frozen, self.batch, self.hparams, self.dropout)
+        return fn, args, Gathered(self.shardings.params, self.everywhere)
+
+    def add_weighted(self):
+        fn = functools.partial(add_weighted, model=self.model)
+        args = (self.grads, self.state.params, self.frozen, self.batch, self.slopes_B2)
+        return fn, args, self.shardings.params
+
+    def update(self):
+        fn = functools.partial(update, optimizer=self.optimizer)
+        args = (self.state, self.grads, *(self._whole((), jnp.float32),) * 2)
+        return fn, args, (self.shardings, self.everywhere, self.everywhere)
+
+
+PROGRAMS = {
+    "score": Programs.score,
+    "add_weighted": Programs.add_weighted,
+    "add_direct": Programs.add_direct,
+    "update": Programs.update,
+}

@@ -1,0 +1,339 @@
+"""Plans: by formula here, and compiled for a TPU that is not there where its compiler is."""
+
+import importlib.util
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from examples import ROOT, STORIES, TINY
+
+from repo_jax import planning
+from repo_jax.cli import main
+from repo_jax.config import to_recipe
+from repo_jax.hlo import work_of
+from repo_jax.planning import (
+    GIB,
+    as_text,
+    candidates,
+    changed,
+    compiled,
+    estimate,
+    goes_far,
+    launch_commands,
+    make_plan,
+    mesh_sizes,
+    read_model_config,
+    recomputed,
+    rows_for,
+    what_would_fit,
+)
+from repo_jax.programs import Programs, with_dtypes
+from repo_jax.sharding import make_mesh
+from repo_jax.topology import NoCompilerError, parse_topology
+
+CONFIGS = ROOT / "benchmarks" / "data" / "model_configs"
+PLANS = sorted((ROOT / "benchmarks" / "results" / "plans").glob("*.json"))
+LIBTPU = importlib.util.find_spec("libtpu") is not None and sys.platform == "linux"
+needs_libtpu = pytest.mark.skipif(not LIBTPU, reason="the compiler for TPUs is not installed: pip install 'jax[tpu]'")
+
+
+def recipe_of(**leaves):
+    """A recipe from leaves with the section in front: data__max_length=512."""
+    sections = {"model": {"model_name_or_path": "none"}}
+    for name, value in leaves.items():
+        section, leaf = name.split("__")
+        sections.setdefault(section, {})[leaf] = value
+    return to_recipe(sections)
+
+
+LLAMA = read_model_config(str(CONFIGS / "llama-3-8b.json"))
+RECIPE = recipe_of(data__max_length=2048)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    def missing(topology):
+        raise NoCompilerError("the compiler for TPUs, libtpu, is not installed")
+
+    monkeypatch.setattr(planning, "topology_devices", missing)
+    monkeypatch.setattr(planning, "without_accelerators", lambda: None)  # it would turn off the tests' own cache
+
+
+def run(*words) -> subprocess.CompletedProcess:
+    """The command in a process of its own, which has not touched a device yet."""
+    command = [sys.executable, "-m", "repo_jax", "plan", *words]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+
+
+@needs_libtpu
+def test_a_small_model_is_planned_for_v5e_in_under_a_minute(tmp_path):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = run("configs/quickstart.yaml", "--topology", "v5e:4x4", "--json", str(tmp_path / "plan.json"))
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    # Of a processor's time: other work on the machine is none of the plan's.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 60
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["fits"] and plan["verified"] == "compiled"
+    assert plan["hbm_gib"] == 15.75 and 0 < plan["peak_gib"] < 1
+    assert set(plan["programs"]) == {"score", "add_direct", "add_weighted", "update"}
+    assert plan["mesh"] == {"data": 1, "fsdp": 16, "tensor": 1}
+    assert plan["flops_per_update"]["executed"] > plan["flops_per_update"]["model"] > 0
+    assert any(what.endswith(" over fsdp") for what in plan["sent_gib_per_device_and_update"])
+    assert "fits (peak" in done.stdout and "--type v5litepod-16" in done.stdout
+
+
+def too_large(folder) -> str:
+    """Four layers of Llama-3-70B: a config.json whose model is too large for four v5e."""
+    config = json.loads((CONFIGS / "llama-3-70b.json").read_text()) | {"num_hidden_layers": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+@needs_libtpu
+def test_what_the_compiler_refuses_does_not_fit_by_as_much_as_it_says(tmp_path):
+    code = f"""
+import json
+from repo_jax.config import to_recipe
+from repo_jax.planning import make_plan, read_model_config
+from repo_jax.topology import parse_topology, without_accelerators
+without_accelerators()
+recipe = to_recipe({{"model": {{"model_name_or_path": "none"}}, "data": {{"max_length": 2048}}}})
+print(json.dumps(make_plan(recipe, read_model_config({too_large(tmp_path)!r}), parse_topology("v5e:2x2"), explain=False)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    plan = json.loads(done.stdout)
+    [refused] = plan["programs"].values()  # the others need not be looked at
+    needed = float(re.search(r"\(([\d.]+)G\) exceeds available HBM \(15.75G\)", refused["failed"])[1])
+    assert not plan["fits"] and plan["hbm_gib"] == 15.75
+    # The moments wait beside the program that the compiler saw.
+    assert plan["peak_gib"] == pytest.approx(needed + plan["memory_gib"]["moments"], abs=0.01)
+    assert plan["missing_gib"] == pytest.approx(plan["peak_gib"] - 15.75, abs=2e-3)
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_what_does_not_fit_exits_with_1_and_says_how_much_is_missing_and_what_would(tmp_path):
+    config, out = too_large(tmp_path), tmp_path / "plan.json"
+    done = run("--model_config", config, "--topology", "v5e:2x2", "--max_length", "2048", "--json", str(out))
+    assert done.returncode == 1, done.stderr
+    plan = json.loads(out.read_text())
+    assert "DOES NOT FIT" in done.stdout and "GiB per device are missing" in done.stdout
+    [lora] = [one for one in plan["would_fit"] if "--use_peft true" in one["changes"]]
+    assert lora["fits"] and lora["verified"] == "compiled"
+
+
+# By formula
+
+
+def test_without_a_compiler_the_plan_says_so_and_estimates(no_compiler):
+    plan = make_plan(RECIPE, LLAMA, parse_topology("v5e:4x4"))
+    assert plan["verified"] == "estimated" and plan["fits"]
+    text = as_text(plan)
+    assert "NOT COMPILED: the compiler for TPUs, libtpu, is not installed" in text
+    assert "a formula's estimate" in text
+
+
+def test_a_plan_needs_no_weights_and_no_data_and_exits_with_what_it_found(no_compiler, tmp_path, capsys):
+    config = str(CONFIGS / "llama-3-8b.json")
+    out = tmp_path / "plan.json"
+    assert main(["plan", "--model_config", config, "--topology", "v5e:4x4", "--json", str(out)]) == 0
+    assert json.loads(out.read_text())["parameters"] == 8_030_261_248
+    assert main(["plan", "--model_config", config, "--topology", "v5e:2x2"]) == 1
+    assert "GiB per device are missing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--topology", "v5e:9"], "--topology 'v5e:9' has 1 sizes"),
+        (["--topology", "v5e:4x4", "--mesh.fsdp", "3"], "make the axes multiply to 16"),
+        (["--topology", "v5e:4x4", "--tensor", "16"], "mesh.tensor"),
+        (["--topology", "v5e:4x4", "--loss_type", "simp"], "unknown loss_type 'simp'"),
+        (["--topology", "v5e:4x4", "--row_length", "40"], "leave no pair of usual length"),
+        (["--topology", "v5e:4x4", "--model_config", "nowhere.json"], "'nowhere.json' is not there"),
+    ],
+)
+def test_what_cannot_be_planned_exits_with_2_and_says_what_to_change(words, said, no_compiler, capsys):
+    assert main(["plan", "--model_config", str(STORIES), *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_the_formula_stays_near_what_was_compiled(path):
+    plan = json.loads(path.read_text())
+    model = next(file for file in CONFIGS.glob("*.json") if path.name.startswith(file.stem))
+    cfg, topology = read_model_config(str(model)), parse_topology(plan["topology"], plan["slices"])
+    recipe = with_dtypes(RECIPE)
+    sizes = mesh_sizes(recipe, topology)
+    assert dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)) == plan["mesh"]
+    guess = estimate(recipe, cfg, topology, sizes, rows_for(recipe, cfg, sizes[0] * sizes[1]))
+    assert guess.peak / GIB == pytest.approx(plan["peak_gib"], rel=0.35)
+    if "flops_per_update" in plan:
+        assert guess.flops * topology.devices == pytest.approx(plan["flops_per_update"]["executed"], rel=0.15)
+
+
+def test_parameters_gradients_and_moments_are_split_over_fsdp_and_tensor():
+    recipe, topology = with_dtypes(RECIPE), parse_topology("v5p:2x2x2")
+    held = {
+        sizes: estimate(recipe, LLAMA, topology, sizes, rows_for(recipe, LLAMA, sizes[0] * sizes[1])).held
+        for sizes in [(1, 8, 1), (1, 4, 2), (8, 1, 1)]
+    }
+    whole = 8_030_261_248 * 4
+    assert held[8, 1, 1]["parameters"] == whole
+    assert held[1, 8, 1]["parameters"] == held[1, 8, 1]["gradients"] == whole // 8
+    assert held[1, 4, 2]["parameters"] == pytest.approx(whole / 8, rel=1e-3)  # norms are whole over tensor
+    assert held[1, 8, 1]["moments"] == pytest.approx(2 * whole / 8, rel=1e-3)
+
+
+def test_adapters_hold_no_gradients_of_what_is_frozen():
+    recipe, topology = with_dtypes(changed(RECIPE, {"model.use_peft": True})), parse_topology("v5e:2x2")
+    held = estimate(recipe, LLAMA, topology, (1, 4, 1), rows_for(recipe, LLAMA, 4)).held
+    assert held["frozen parameters"] == 8_030_261_248 * 2 // 4
+    assert held["gradients"] + held["moments"] + held["adapters"] < 0.02 * held["frozen parameters"]
+
+
+def test_remat_is_read_off_the_two_pass_rule():
+    assert [recomputed(name) for name in ("none", "dots", "attention", "full")] == pytest.approx([0, 0.1, 0.9, 1])
+
+
+# Rows and meshes
+
+
+def test_rows_hold_the_longest_pair_and_an_update_holds_its_pairs():
+    rows = rows_for(with_dtypes(RECIPE), LLAMA, 16)
+    slots_B = rows.lengths.prompt_B + rows.lengths.branches_B2.sum(axis=1)
+    assert len(slots_B) == 128 and slots_B.max() <= rows.shape.T
+    assert rows.batches * rows.shape.R * rows.shape.T * (1 - rows.padding) == pytest.approx(slots_B.sum())
+
+
+def test_pairs_over_max_length_are_left_out_and_a_given_row_length_is_kept():
+    rows = rows_for(with_dtypes(recipe_of(data__max_length=512, data__row_length=1024)), LLAMA, 8)
+    lengths = rows.lengths
+    assert (lengths.prompt_B + lengths.branches_B2.max(axis=1)).max() <= 512
+    assert rows.shape.T == 1024
+    fixed = rows_for(with_dtypes(recipe_of(data__row_length=1024, data__rows_per_device=3)), LLAMA, 8)
+    assert fixed.shape.R == 24
+
+
+def test_slices_are_spanned_by_data_and_minus_1_takes_what_is_left():
+    assert mesh_sizes(RECIPE, parse_topology("v6e:4x4", 2)) == (2, 16, 1)
+    assert mesh_sizes(recipe_of(mesh__tensor=4), parse_topology("v5e:4x4")) == (1, 4, 4)
+    assert mesh_sizes(RECIPE, parse_topology("h200:1x2x8")) == (1, 16, 1)
+
+
+def test_what_goes_between_slices_or_hosts_takes_the_network():
+    slices, sizes = parse_topology("v6e:4x4", 2), {"data": 2, "fsdp": 16, "tensor": 1}
+    assert goes_far(slices, sizes, "data") and not goes_far(slices, sizes, "fsdp")
+    hosts = parse_topology("h200:1x2x8")
+    assert goes_far(hosts, {"data": 1, "fsdp": 16, "tensor": 1}, "fsdp")
+    assert not goes_far(hosts, {"data": 2, "fsdp": 4, "tensor": 2}, "fsdp+tensor")
+
+
+# What is offered
+
+
+def test_what_would_fit_has_bfloat16_adapters_and_a_larger_slice(monkeypatch):
+    asked = []
+
+    def tried(recipe, cfg, topology, changes):
+        asked.append((str(topology), changes))
+        return {"fits": str(topology) == "v5e:4x4" or "model.use_peft" in changes}
+
+    monkeypatch.setattr(planning, "tried", tried)
+    found = what_would_fit(recipe_of(data__rows_per_device=1), LLAMA, parse_topology("v5e:2x2"))
+    assert asked == [
+        ("v5e:2x2", {"model.param_dtype": "bfloat16", "optim.moment_dtype": "bfloat16"}),
+        ("v5e:2x2", {"model.param_dtype": "bfloat16", "optim.optim": "adafactor", "optim.moment_dtype": "float32"}),
+        ("v5e:2x2", {"model.use_peft": True}),
+        ("v5e:2x4", {}),
+        ("v5e:4x4", {}),
+    ]
+    assert [one["fits"] for one in found] == [False, False, True, False, True]
+
+
+def test_a_search_tries_meshes_rows_and_remat_and_no_mesh_that_the_model_refuses():
+    tried = list(candidates(RECIPE, LLAMA, parse_topology("v6e:2x2", 2)))
+    assert {changes["mesh.data"] for changes, _ in tried} == {2, 4, 8}  # slices are spanned by data
+    assert {changes["mesh.tensor"] for changes, _ in tried} == {1, 2, 4}
+    assert {changes["model.remat"] for changes, _ in tried} == {"none", "dots", "attention", "full"}
+    assert {changes["data.rows_per_device"] for changes, _ in tried} == {1, 2, 4, 8}
+    peaks = {
+        changes["model.remat"]: one.peak
+        for changes, one in tried
+        if (changes["mesh.data"], changes["mesh.tensor"], changes["data.rows_per_device"]) == (2, 1, 4)
+    }
+    assert peaks["full"] < peaks["attention"] < peaks["dots"] < peaks["none"]
+
+
+@pytest.mark.parametrize(
+    "name, slices, command",
+    [
+        ("v5e:4x4", 1, "bash launch/tpu_vm.sh resume NAME --zone ZONE --type v5litepod-16 -- train c.yaml"),
+        ("v6e:4x4", 2, "bash launch/tpu_vm.sh resume NAME --zone ZONE --type v6e-16 --slices 2 -- train c.yaml"),
+        (
+            "tpu7x:2x2x1",
+            1,
+            "bash launch/gke.sh create NAME --image IMAGE --accelerator tpu7x --topology 2x2x1 -- train",
+        ),
+        ("h200:1x2x8", 1, "bash launch/slurm_gpu.sh --nodes=2 --gpus-per-node=8 -- train c.yaml"),
+        ("h200:1x1x8", 1, "bash launch/local.sh c.yaml"),
+    ],
+)
+def test_the_launch_command_is_the_one_of_these_machines(name, slices, command):
+    topology = parse_topology(name, slices)
+    [line] = launch_commands(topology, mesh_sizes(RECIPE, topology), "train c.yaml")
+    assert line.startswith(command)
+    assert ("--mesh.data 2" in line) == (slices == 2)
+    script = line.split()[1]
+    assert (ROOT / script).exists()
+
+
+# The programs themselves
+
+
+@pytest.fixture(scope="module")
+def programs():
+    recipe = with_dtypes(
+        recipe_of(
+            optim__train_batch_size=8,
+            data__row_length=48,
+            data__rows_per_device=1,
+            data__max_length=40,
+            model__compute_dtype="float32",
+        )
+    )
+    mesh = make_mesh(2, 2, 2, jax.devices())
+    pairs_B3 = np.array([[8, 9, 10]] * 8)
+    shape = planning.RowShape(4, 48, 40, 0)
+    lengths = planning.Lengths(pairs_B3[:, 0], pairs_B3[:, 1:], pairs_B3[:, 1:])
+    return Programs(recipe, TINY, mesh, shape), planning.Rows(shape, 2, lengths, 0.0)
+
+
+@pytest.mark.parametrize("name", ["score", "add_direct", "add_weighted", "update"])
+def test_every_program_of_an_update_compiles_from_shapes_alone(name, programs):
+    programs, rows = programs
+    part = compiled(programs, name, rows)
+    assert part["peak"] >= part["beside"] and part["temporaries"] >= 0
+    # Whatever an update's program is not given waits beside it.
+    assert part["beside"] == (0 if name == "update" else programs.held["moments"])
+    # Losses stay apart from the number of devices: every product is there, and padding too.
+    matmuls = part["work"].matmul_flops
+    if name == "update":
+        assert matmuls == 0
+    else:
+        tokens, weights = 2 * 48 / 2, TINY.D * TINY.H * (2 * TINY.N + 2 * TINY.K) + 3 * TINY.D * TINY.F
+        assert matmuls > {"score": 1, "add_direct": 3, "add_weighted": 3}[name] * 2 * tokens * weights * TINY.L / 2
+
+
+def test_collectives_of_the_real_step_go_over_the_axes_they_should(programs):
+    programs, _ = programs
+    work = work_of(programs("add_direct").as_text(), programs.mesh.shape)
+    axes = {one.axes for one in work.collectives if one.loop == "layers"}
+    assert any("tensor" in name for name in axes) and any("fsdp" in name for name in axes)
