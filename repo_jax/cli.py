@@ -79,12 +79,13 @@ def train_command(arguments, overrides) -> int:
     for name in PROCESS_FLAGS:
         if (value := getattr(arguments, name)) is not None:
             os.environ[f"JAX_{name.upper()}"] = value
-    from repo_jax.distributed import join, together
+    from repo_jax.distributed import join, stopping_at_once, together
     from repo_jax.training import prepare, run
 
-    checked(join)
-    with together():
-        run(checked(prepare, recipe))
+    with stopping_at_once():
+        checked(join)  # several processes leave SIGTERM to JAX from here on
+        with together():
+            run(checked(prepare, recipe))
     return 0
 
 

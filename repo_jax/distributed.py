@@ -198,6 +198,23 @@ class Interruption:
 
 
 @contextlib.contextmanager
+def stopping_at_once() -> Iterator[None]:
+    """Before the first update and after the last, SIGTERM ends a run of one process where it is, with the status that starts it again."""
+
+    def stop(number, _frame):
+        raise InterruptedRunError("told to stop (SIGTERM); the same command goes on from what is saved")
+
+    if threading.current_thread() is not threading.main_thread():  # which may not take signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
 def together() -> Iterator[None]:
     """In a run of several processes, what ends one ends it at once, with its reason in words, so that the others end as well.
 

@@ -363,6 +363,19 @@ def test_a_run_that_is_told_to_stop_saves_says_how_to_go_on_and_does_so(recipe, 
     assert (run / "hf" / "model.safetensors").read_bytes() == (unbroken[0] / "hf" / "model.safetensors").read_bytes()
 
 
+def test_sigterm_before_the_first_update_wants_the_same_command_again_too(recipe, tmp_path):
+    run = tmp_path / "run"
+    process = command(recipe, run)
+    while not (run / "recipe.yaml").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 75 and "Traceback" not in output
+    assert "repo-jax: told to stop (SIGTERM); the same command goes on" in output
+    assert "update 1/" not in output and not list(run.glob("checkpoint-*"))
+
+
 def test_a_single_file_trains_without_held_out_pairs(recipe, tmp_path):
     file = pathlib.Path(yaml.safe_load(recipe.read_text())["data"]["dataset_name"], "train.jsonl")
     output = finished(command(recipe, tmp_path / "run", "--dataset_name", str(file), "--max_steps", "1"))
