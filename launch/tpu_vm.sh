@@ -175,7 +175,7 @@ doubt() {  # after a preemption steps fail and training ends badly before the ma
 }
 
 resume() {
-  doubts=0 errors=$(mktemp)
+  doubts=0 errors=$(mktemp) anew=1  # resume was called anew, so that what has failed before is started again
   trap 'rm -f "$errors"' EXIT
   pack
   while true; do
@@ -190,13 +190,19 @@ resume() {
         case "$training" in
           0)
             [ -n "$dry_run" ] && echo "# and from the top when it is preempted" && return
-            echo "launch: training has ended" >&2 && return
+            echo "launch: training has ended; the machine is kept (and paid for) until: bash launch/tpu_vm.sh delete $name --zone $zone" >&2 && return
             ;;
-          running) doubts=0 && pause ;;
-          75) start || doubt "run failed" ;;  # it saved, and asks to be started again
-          none) { install_ && start; } || doubt "install or run failed" ;;
+          running) anew='' doubts=0 && pause ;;
+          75) anew='' && { start || doubt "run failed"; } ;;  # it saved, and asks to be started again
+          none) anew='' && { { install_ && start; } || doubt "install or run failed"; } ;;
           unreachable) doubt "no answer from the first worker" ;;
-          *) doubt "training ended with exit code $training; bash launch/tpu_vm.sh logs shows why" ;;
+          *)
+            if [ -n "$anew" ]; then
+              anew='' && { start || doubt "run failed"; }
+            else
+              doubt "training ended with exit code $training; bash launch/tpu_vm.sh logs shows why"
+            fi
+            ;;
         esac
         ;;
       STOPPED) die "$name is STOPPED; gcloud compute tpus tpu-vm start $name --zone=$zone, or delete it" ;;

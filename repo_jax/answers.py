@@ -33,7 +33,7 @@ from repo_jax.preparation import decoder, resolved
 from repo_jax.progress import say
 from repo_jax.run_folder import write_whole
 from repo_jax.sharding import make_mesh, param_shardings
-from repo_jax.stores import model_files, tokenizer_of
+from repo_jax.stores import data_path, model_files, tokenizer_of
 
 TRANSFORMERS_TOP_K = 50  # what transformers samples with where neither the model nor the caller says
 # What a generation_config.json may ask for that is not done here, and the values that ask for nothing.
@@ -146,9 +146,8 @@ def prepare(
     sampling, notes = read_sampling(pretrained.files.weights, ends, max_new_tokens, temperature, top_k, top_p)
     if recipe.data.eval_dataset_name is None:
         raise ValueError("there is nothing to answer; give --data a file of prompts")
-    source = open_source(
-        recipe.data.eval_dataset_name, recipe.data.dataset_test_split or "test", config=recipe.data.dataset_config
-    )
+    prompts_at = data_path(recipe.data.eval_dataset_name, recipe.data.cache_dir)
+    source = open_source(prompts_at, recipe.data.dataset_test_split or "test", config=recipe.data.dataset_config)
     prompts = read_prompts(source.rows(), tokenizer, template_kwargs)
     if not prompts:
         raise ValueError(f"'{source.name}' has no rows; give a file of prompts")

@@ -1,6 +1,7 @@
 """The commands: repo-jax train | evaluate | generate | inspect | prepare | export | bench | plan."""
 
 import argparse
+import contextlib
 import difflib
 import functools
 import json
@@ -79,13 +80,15 @@ def train_command(arguments, overrides) -> int:
     for name in PROCESS_FLAGS:
         if (value := getattr(arguments, name)) is not None:
             os.environ[f"JAX_{name.upper()}"] = value
+    import jax
+
     from repo_jax.distributed import join, stopping_at_once, together
     from repo_jax.training import prepare, run
 
-    with stopping_at_once():
-        checked(join)  # several processes leave SIGTERM to JAX from here on
-        with together():
-            run(checked(prepare, recipe))
+    checked(join)
+    alone = jax.process_count() == 1  # several processes leave SIGTERM to JAX's service
+    with together(), stopping_at_once() if alone else contextlib.nullcontext():
+        run(checked(prepare, recipe))
     return 0
 
 
@@ -160,8 +163,15 @@ def recipe_with_data(arguments, overrides: dict, data: str):
 def export_command(arguments, overrides) -> int:
     from repo_jax.export import check_output, export_checkpoint, open_checkpoint, push_export
     from repo_jax.models.hub import check_push
+    from repo_jax.urls import is_url
 
-    output, push_to = pathlib.Path(arguments.output), None
+    output, push_to = arguments.output, None
+    if not is_url(output):
+        output = pathlib.Path(output)
+    elif arguments.push_to_hub:
+        raise UsageError(
+            f"--push_to_hub pushes a folder of this machine, and --output '{output}' is a URL; give a path"
+        )
     checked(check_output, output)
     if arguments.push_to_hub:
         push_to = checked(check_push, arguments.hub_model_id or output.absolute().name)
@@ -263,8 +273,10 @@ def parse(argv: list[str]):
     prepare = add("prepare", prepare_command, "tokenize a recipe's data into its store, where training finds it")
     add_data_flags(prepare, "preference data (data.dataset_name)")
     export = add("export", export_command, "write a checkpoint as a Hugging Face folder")
-    export.add_argument("--checkpoint", required=True, metavar="DIR", help="a checkpoint-N folder in a run's folder")
-    export.add_argument("--output", required=True, metavar="DIR", help="the folder to write")
+    export.add_argument(
+        "--checkpoint", required=True, metavar="DIR", help="a checkpoint-N folder in a run's folder, or its URL"
+    )
+    export.add_argument("--output", required=True, metavar="DIR", help="the folder to write, or a URL")
     export.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],

@@ -81,7 +81,7 @@ class ModelSection:
 class DataSection:
     dataset_name: Path | None = Field(
         None,
-        description="preference data: a .jsonl, .jsonl.gz, .parquet or .arrow file, a folder of splits, a Hugging Face data set (folder or Hub name), or a folder that `repo-jax prepare` wrote",
+        description="preference data: a .jsonl, .jsonl.gz, .parquet or .arrow file, a folder of splits, a Hugging Face data set (folder or Hub name), a folder that `repo-jax prepare` wrote, or a gs:// or s3:// URL of a file or folder",
     )
     dataset_mixer: dict[str, float] | None = Field(
         None, description="instead of dataset_name: data sets, and the share of each that is taken, {name: fraction}"
@@ -220,7 +220,10 @@ class OptimSection:
 
 @dataclass(frozen=True, config=STRICT)
 class MeshSection:
-    data: int = Field(1, description="ways the rows are split, parameters whole; -1: the devices that are left")
+    data: int = Field(
+        1,
+        description="ways the rows are split, parameters whole; 1 becomes the number of TPU slices; -1: the devices that are left",
+    )
     fsdp: int = Field(-1, description="ways rows and parameters are split; -1: the devices that are left")
     tensor: int = Field(1, description="ways each layer is split; -1: the devices that are left")
 
@@ -237,7 +240,9 @@ class MeshSection:
 
 @dataclass(frozen=True, config=STRICT)
 class RunSection:
-    output_dir: Path = Field("runs/repo", description="the run's folder: recipe, metrics, checkpoints, report, hf/")
+    output_dir: Path = Field(
+        "runs/repo", description="the run's folder, or a gs:// or s3:// URL: recipe, metrics, checkpoints, report, hf/"
+    )
     seed: int = Field(42, ge=0, description="decides the order of the pairs")
     logging_steps: int = Field(1, ge=1, description="updates between lines of metrics.jsonl")
     eval_steps: int | None = Field(

@@ -4,8 +4,10 @@ Transport, heartbeats and barriers are jax.distributed's and XLA's; here stands 
 """
 
 import contextlib
+import importlib.util
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -23,7 +25,10 @@ from repo_jax.hardware import visible
 
 ADDRESS, PROCESSES, PROCESS = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 TIMEOUT = "REPO_JAX_START_TIMEOUT"  # seconds that processes wait for each other at the start
+VM = "TPU VM: how many there are stands in its metadata"
 HEARTBEAT = 20  # seconds without a sign of life until a process counts as lost and the others end
+# What XLA says where the other side of a connection is gone.
+LOST = re.compile(r"UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|Gloo|NCCL|[Cc]onnection|[Ss]ocket closed")
 TOLD = 1 << 16  # bytes in which a process says what it runs
 
 
@@ -48,9 +53,13 @@ def join() -> None:
     alarm.daemon = True
     alarm.start()
     try:
-        # JAX's own limit lies behind the alarm: it would abort the process with a stack trace.
-        limits = {"initialization_timeout": seconds + 60, "heartbeat_timeout_seconds": HEARTBEAT}
-        jax.distributed.initialize(**(told or {}), **limits)
+        # JAX's own limits would abort the process with a stack trace: that for the start lies behind the alarm, and that for the end
+        # behind the longest push to the Hub, for which the others wait.
+        limits = {"initialization_timeout": seconds + 60, "shutdown_timeout_seconds": 24 * 3600}
+        jax.distributed.initialize(**(told or {}), **limits, heartbeat_timeout_seconds=HEARTBEAT)
+    except RuntimeError as error:
+        if told is not None or found != VM:
+            raise ValueError(f"{whole}, but {error}; call repo_jax.distributed.join() before that") from None
     finally:
         alarm.cancel()
 
@@ -84,7 +93,7 @@ def _found() -> str:
         return f"TPU slices: MEGASCALE_COORDINATOR_ADDRESS={env['MEGASCALE_COORDINATOR_ADDRESS']}"
     if "TPU_WORKER_HOSTNAMES" in env or "TPU_SKIP_MDS_QUERY" in env or (visible() or [""])[0] != "TPU":
         return ""
-    return "TPU VM: how many there are stands in its metadata"
+    return VM if importlib.util.find_spec("libtpu") else ""
 
 
 def _seconds() -> int:
@@ -148,12 +157,13 @@ def agree(runs: dict[str, str]) -> None:
 def differences(said: list[dict]) -> list[str]:
     """What differs from what most processes run; process i says {"host": name, "runs": {what it is: its name}}."""
     found = []
-    for what in said[0]["runs"]:
-        [(usual, n), *_] = Counter(one["runs"][what] for one in said).most_common()
+    for what in dict.fromkeys(what for one in said for what in one["runs"]):
+        names = [one["runs"].get(what, "not there") for one in said]
+        [(usual, n), *_] = Counter(names).most_common()
         found += [
-            f"process {i} ({one['host']}) has {what} {one['runs'][what]}, {n} of {len(said)} have {usual}"
-            for i, one in enumerate(said)
-            if one["runs"][what] != usual
+            f"process {i} ({one['host']}) has {what} {name}, {n} of {len(said)} have {usual}"
+            for i, (one, name) in enumerate(zip(said, names, strict=True))
+            if name != usual
         ]
     return found
 
@@ -199,7 +209,10 @@ class Interruption:
 
 @contextlib.contextmanager
 def stopping_at_once() -> Iterator[None]:
-    """Before the first update and after the last, SIGTERM ends a run of one process where it is, with the status that starts it again."""
+    """SIGTERM ends the run where it is, with the status that starts it again: before the first update and after the last.
+
+    Of several processes only after the last: until then JAX's service has SIGTERM, which never gives it back.
+    """
 
     def stop(number, _frame):
         raise InterruptedRunError("told to stop (SIGTERM); the same command goes on from what is saved")
@@ -211,7 +224,8 @@ def stopping_at_once() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        # None stands for a handler that Python does not know: JAX's service, which is not needed any more.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 @contextlib.contextmanager
@@ -225,9 +239,11 @@ def together() -> Iterator[None]:
     except BaseException as error:
         if jax.process_count() == 1:
             raise
-        code = getattr(error, "code", 1)
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            reason = str(error).strip().splitlines()[0]
+        code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "code", 1)
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        if isinstance(error, KeyboardInterrupt):
+            why = "interrupted; the same command on all hosts goes on from the newest checkpoint"
+        elif isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(reason):
             why = f"another process is lost or has failed ({reason}); the newest checkpoint is whole, and the same command on all hosts goes on from it"
         elif hasattr(error, "code") or isinstance(error, FloatingPointError):
             why = str(error)
@@ -235,6 +251,5 @@ def together() -> Iterator[None]:
             why = "".join(traceback.format_exception(error))
         print(f"repo-jax: process {jax.process_index()} of {jax.process_count()}: {why}", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        if code == InterruptedRunError.code:
-            jax.distributed.shutdown()  # all of them have come here
+        sys.stderr.flush()
         os._exit(code)

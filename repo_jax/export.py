@@ -3,9 +3,12 @@
 import collections
 import contextlib
 import functools
+import hashlib
 import json
 import math
+import os
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,9 +21,10 @@ import yaml
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
+from repo_jax import urls
 from repo_jax.card import HEADING, model_card
-from repo_jax.checkpoint import NAME, restore_params
-from repo_jax.config import ModelSection, Recipe, StoppedError, dump_recipe, load_recipe
+from repo_jax.checkpoint import NAME, WHOLE, restore_params, written_directly
+from repo_jax.config import DataSection, ModelSection, Recipe, StoppedError, dump_recipe, load_recipe
 from repo_jax.data.rows import RowShape, row_batches
 from repo_jax.data.schema import PairTokens
 from repo_jax.distributed import primary, text_from_primary, wait_for_all
@@ -56,6 +60,7 @@ def export_model(
     base: pathlib.Path,
     output: pathlib.Path,
     card: str,
+    url: str | None = None,
     dtype: str | None = None,
     max_shard_bytes: int = SHARD_BYTES,
     like: np.ndarray | None = None,
@@ -64,18 +69,19 @@ def export_model(
 
     `base` holds all of that but weights and card (write_base). Tensors get the dtypes of the model that was started from, or all
     of them `dtype`. Everything is written to a temporary folder, reloaded, its log-probs compared, and only then moved to
-    `output`, where it replaces an earlier export. Returns the largest difference of a mean log-prob, in nats per token: to the
-    rounded parameters, or to `like`, the fingerprint of what they were made from.
+    `output`, where it replaces an earlier export, and where there is a `url` copied there. Returns the largest difference of a mean
+    log-prob, in nats per token: to the rounded parameters, or to `like`, the fingerprint of what they were made from.
     """
-    with replacing(output) as folder:
+    with replacing(output, url) as folder:
         dtypes = _dtypes(base, cfg, dtype)
-        if primary():
+        if primary() or url:
             shutil.copytree(base, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MIXED))
             if dtype is not None:
                 config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"dtype": dtype}
                 (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             (folder / "README.md").write_text(card, encoding="utf-8")
         to_hf(params, cfg, folder, dtypes=dtypes, max_shard_bytes=max_shard_bytes)
+        exchange(folder, url)
         kept = _held_in(dtypes)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
         reloaded = {"params": from_hf(folder, DecoderConfig.from_hf(folder), shardings, dtype=kept)}
@@ -90,10 +96,17 @@ def export_model(
 
 
 def export_adapter(
-    adapters: dict, cfg: DecoderConfig, *, model: ModelSection, base: pathlib.Path, output: pathlib.Path, card: str
+    adapters: dict,
+    cfg: DecoderConfig,
+    *,
+    model: ModelSection,
+    base: pathlib.Path,
+    output: pathlib.Path,
+    card: str,
+    url: str | None = None,
 ) -> None:
     """Writes adapters as a PEFT folder, with the run's tokenizer; whole or not at all, like export_model."""
-    with replacing(output) as folder:
+    with replacing(output, url) as folder:
         weights = ("config.json", "generation_config.json", MIXED)
         if primary():
             shutil.copytree(base, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*weights))
@@ -116,25 +129,36 @@ def _save_adapter(adapters: dict, cfg: DecoderConfig, folder: pathlib.Path, mode
 
 
 @contextlib.contextmanager
-def shared_folder(parent: pathlib.Path, prefix: str) -> Iterator[pathlib.Path]:
-    """A temporary folder in `parent`, the same for all processes, which enter and leave together; process 0 makes and removes it."""
+def shared_folder(parent: pathlib.Path, prefix: str, *, own: bool = False) -> Iterator[pathlib.Path]:
+    """A temporary folder in `parent`, the same for all processes, which enter and leave together; process 0 makes and removes it.
+
+    With `own` each has one of its own.
+    """
     with contextlib.ExitStack() as stack:
         name = ""
-        if primary():
+        if own or primary():
             parent.mkdir(parents=True, exist_ok=True)
+            for left in parent.iterdir():  # by a run that was killed; nobody else writes here
+                if re.fullmatch(re.escape(prefix) + r"[a-z0-9_]{8}", left.name):
+                    shutil.rmtree(left, ignore_errors=True)
             name = stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix, dir=parent))
-        yield pathlib.Path(text_from_primary(name))
+        yield pathlib.Path(name if own else text_from_primary(name))
         wait_for_all("done with a temporary folder")
 
 
 @contextlib.contextmanager
-def replacing(output: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary folder that takes the place of `output` at the end; an exception leaves everything as it was."""
+def replacing(output: pathlib.Path, url: str | None = None) -> Iterator[pathlib.Path]:
+    """A temporary folder that takes the place of `output` at the end; an exception leaves everything as it was.
+
+    With a `url` each process has a folder of its own, and process 0 copies its `output` there at last. Raises StoppedError where that fails.
+    """
     check_output(output)
+    if url is not None:
+        check_output(url)
     output = output.absolute()
-    with shared_folder(output.parent, f".{output.name}-") as temporary:
+    with shared_folder(output.parent, f".{output.name}-", own=url is not None) as temporary:
         folder = temporary / "new"
-        if primary():
+        if primary() or url:
             folder.mkdir()
         wait_for_all("the folder of an export is there")
         yield folder
@@ -143,10 +167,42 @@ def replacing(output: pathlib.Path) -> Iterator[pathlib.Path]:
             if output.exists():
                 output.rename(temporary / "earlier")
             folder.rename(output)
+            if url is not None:
+                _publish(output, url)
 
 
-def check_output(output: pathlib.Path) -> None:
+def _publish(folder: pathlib.Path, url: str) -> None:
+    last = "config.json" if (folder / "config.json").is_file() else "adapter_config.json"
+    try:
+        urls.replace_folder(folder, url, first="README.md", last=last)
+    except (OSError, ValueError) as error:
+        raise StoppedError(f"{error}; the export is whole in '{folder}': copy it from there, or try again") from None
+
+
+def exchange(folder: pathlib.Path, url: str | None) -> None:
+    """Gives every process, in a folder of its own, what the others have written into theirs: by way of the URL of the export."""
+    if url is None or jax.process_count() == 1:
+        return
+    between = f"{url}.part"
+    if primary():
+        urls.remove_folder(between)
+    wait_for_all("nothing is left of an earlier exchange")
+    written = [path.name for pattern in ("*.safetensors*", "adapter_*.json") for path in folder.glob(pattern)]
+    urls.upload(folder, between, written)
+    wait_for_all("all parts are at the URL")
+    urls.download(between, folder, lambda name: not (folder / name).exists())
+    wait_for_all("all parts are everywhere")
+    if primary():
+        urls.remove_folder(between)
+
+
+def check_output(output: str | pathlib.Path) -> None:
     """Refuses to replace anything but an empty folder or an earlier export, which its model card tells."""
+    if urls.is_url(output):
+        card = urls.read(f"{output}/README.md") if "README.md" in (there := urls.names(output)) else b""
+        if there and HEADING not in card.decode(errors="replace"):
+            raise ValueError(f"output '{urls.shown(output)}' exists and is not an export of repo-jax; name a new one")
+        return
     if above := [folder for folder in output.absolute().parents if folder.exists() and not folder.is_dir()]:
         raise ValueError(f"output '{output}' lies in '{above[0]}', which is a file; name a new folder")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
@@ -247,15 +303,39 @@ def push_export(output: pathlib.Path, repo_id: str, *, private: bool | None, rev
         raise StoppedError(error) from None
 
 
-def run_of(checkpoint: str) -> pathlib.Path:
-    """The run's folder around a checkpoint. Raises FileNotFoundError for what is not a checkpoint of a run."""
+def run_of(checkpoint: str) -> tuple[pathlib.Path, pathlib.Path | str]:
+    """The run's folder around a checkpoint, and the checkpoint; of a run at a URL what an export needs of it, copied here.
+
+    Raises FileNotFoundError for what is not a checkpoint of a run.
+    """
+    if urls.is_url(checkpoint):
+        return _run_at(checkpoint.rstrip("/"))
     path = pathlib.Path(checkpoint).absolute()
     whole = (path / "default").is_dir() and (path.parent / "base" / "config.json").is_file()
     if not NAME.fullmatch(path.name) or not whole:
         raise FileNotFoundError(
             f"'{checkpoint}' is not a checkpoint-N folder in the folder of a run; give the path of one"
         )
-    return path.parent
+    return path.parent, path
+
+
+def _run_at(checkpoint: str) -> tuple[pathlib.Path, pathlib.Path | str]:
+    url, _, name = checkpoint.rpartition("/")
+    place = pathlib.Path(os.path.expanduser(DataSection().cache_dir)) / "runs"
+    if not NAME.fullmatch(name) or WHOLE not in urls.names(checkpoint):
+        raise FileNotFoundError(
+            f"'{urls.shown(checkpoint)}' is not a whole checkpoint-N of a run; give the URL of one, or the path"
+        )
+    directly = written_directly(checkpoint)
+    parts = (
+        ["base/", "recipe.yaml", "identity.yaml"] if directly else ["base/", "recipe.yaml", "identity.yaml", f"{name}/"]
+    )
+    run = urls.fetched(url, place, lambda path: path.startswith(tuple(parts)))
+    if not (run / "base" / "config.json").is_file():
+        raise FileNotFoundError(
+            f"'{urls.shown(url)}' has no base/config.json; give a checkpoint in the folder of a run"
+        )
+    return run, checkpoint if directly else run / name
 
 
 def export_merged(
@@ -268,6 +348,7 @@ def export_merged(
     base: pathlib.Path,
     output: pathlib.Path,
     card: str,
+    url: str | None = None,
     dtype: str | None = None,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> float:
@@ -280,19 +361,20 @@ def export_merged(
     like = probe({"params": frozen, "lora": adapters}, decoder, mesh)
     for leaf in jax.tree.leaves(frozen):
         leaf.delete()
-    with shared_folder(output.absolute().parent, f".{output.name}-adapter-") as temporary:
+    with shared_folder(output.absolute().parent, f".{output.name}-adapter-", own=url is not None) as temporary:
         _save_adapter(adapters, cfg, temporary, model)
         wait_for_all("an adapter is written")
+        exchange(temporary, url)
         adapter = PeftAdapter(temporary)
         params = pretrained._replace(adapter=adapter).params(mesh, _held_in(_dtypes(base, cfg, dtype)))
-    options = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, "like": like}
+    options = {"url": url, "dtype": dtype, "max_shard_bytes": max_shard_bytes, "like": like}
     return export_model(params, cfg, mesh, base=base, output=output, card=card, **options)
 
 
 class CheckpointExport(NamedTuple):
     """A checkpoint of any mesh, looked at and not read yet."""
 
-    checkpoint: pathlib.Path
+    checkpoint: pathlib.Path | str
     run: pathlib.Path
     recipe: Recipe
     cfg: DecoderConfig
@@ -301,7 +383,7 @@ class CheckpointExport(NamedTuple):
 
 def open_checkpoint(checkpoint: str, *, adapter: bool) -> CheckpointExport:
     """Raises ValueError or FileNotFoundError for what cannot be exported, as a model or as an adapter alone."""
-    run = run_of(checkpoint)
+    run, found = run_of(checkpoint)
     recipe = load_recipe(run / "recipe.yaml")
     if adapter and not recipe.model.use_peft:
         raise ValueError(f"'{checkpoint}' is of a run without use_peft, which has no adapter; leave out --adapter")
@@ -314,15 +396,19 @@ def open_checkpoint(checkpoint: str, *, adapter: bool) -> CheckpointExport:
                 f"the weights of '{recipe.model.model_name_or_path}' are not those that '{checkpoint}' was trained over ({now} here, {before} "
                 f"there); bring those back, or export with --adapter"
             )
-    return CheckpointExport(pathlib.Path(checkpoint), run, recipe, DecoderConfig.from_hf(run / "base"), pretrained)
+    return CheckpointExport(found, run, recipe, DecoderConfig.from_hf(run / "base"), pretrained)
 
 
 def export_checkpoint(
-    export: CheckpointExport, output: pathlib.Path, *, dtype: str | None = None, max_shard_bytes: int = SHARD_BYTES
+    export: CheckpointExport,
+    output: str | pathlib.Path,
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
 ) -> float | None:
     """A checkpoint as a Hugging Face folder; or its adapters, if those were to be opened, as a PEFT folder, which is not compared.
 
-    The parameters are spread over as many of this machine's devices as divide the model's width.
+    An `output` that is a URL is written in the cache first, and leaves there once it is copied to the URL. The parameters are spread over as many of this machine's devices as divide the model's width.
     """
     recipe, cfg = export.recipe, export.cfg
     model = resolved(recipe.model, exact=not recipe.model.use_peft)
@@ -337,14 +423,28 @@ def export_checkpoint(
         "parameters": bytes_per_device(param_shapes(cfg, model.param_dtype), param_shardings(param_shapes(cfg), mesh))
     }
     with explained(mesh, held, lambda: ["a machine with more memory or more devices; the checkpoint stays as it is"]):
-        return _export_checkpoint(export, model, mesh, shapes, shardings, output, dtype, max_shard_bytes)
+        given = export, model, mesh, shapes, shardings
+        if not urls.is_url(output):
+            return _export_checkpoint(*given, output, None, dtype, max_shard_bytes)
+        here = cache_of(output, recipe.data.cache_dir, "exports")
+        difference = _export_checkpoint(*given, here, output, dtype, max_shard_bytes)
+        shutil.rmtree(here)
+        return difference
 
 
-def _export_checkpoint(export, model, mesh, shapes, shardings, output, dtype, max_shard_bytes) -> float | None:
+def cache_of(url: str, cache_dir: str, kind: str) -> pathlib.Path:
+    """The folder here for what belongs to a URL; each process of a run has its own, though several may share a disk."""
+    key = hashlib.sha256(url.encode()).hexdigest()[:16]
+    process = f"-{jax.process_index()}" if jax.process_index() else ""
+    return pathlib.Path(os.path.expanduser(cache_dir)) / kind / f"{urls.last_name(url)}-{key}{process}"
+
+
+def _export_checkpoint(export, model, mesh, shapes, shardings, output, url, dtype, max_shard_bytes) -> float | None:
     recipe, cfg, base = export.recipe, export.cfg, export.run / "base"
     trained = restore_params(export.checkpoint, shapes, shardings)
     only_adapter = model.use_peft and export.pretrained is None
-    options = {"base": base, "output": output, "card": card_of(recipe, base, results=None, adapter=only_adapter)}
+    card = card_of(recipe, base, results=None, adapter=only_adapter)
+    options = {"base": base, "output": output, "url": url, "card": card}
     if only_adapter:
         export_adapter(trained, cfg, model=model, **options)
         return None

@@ -678,6 +678,7 @@ def _cost_lines(found: dict) -> list[str]:
     if roofline := found.get("roofline"):
         lines.append(
             f"roofline: {roofline['step_seconds']:.2f} s an update, {roofline['pairs_per_second']:.1f} pairs/s, limited by {roofline['limit']}"
+            + (f" (form {found['form']}, all pairs active)" if "form" in found else "")
         )
         for name, seconds in roofline.get("seconds", {}).items():
             lines.append(f"  {name:8} " + ("unknown" if seconds is None else f"{seconds:.3f} s"))

@@ -4,19 +4,90 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
 
 import jax
 import numpy as np
 import yaml
 
-from repo_jax.checkpoint import holds_checkpoints
-from repo_jax.config import Recipe, dump_recipe
-from repo_jax.distributed import primary, wait_for_all
+from repo_jax import urls
+from repo_jax.checkpoint import Checkpoints, holds_checkpoints, written_directly
+from repo_jax.config import Recipe, StoppedError, dump_recipe
+from repo_jax.distributed import agree, primary, text_from_primary, wait_for_all
 from repo_jax.evaluation import Evaluation, summarize
-from repo_jax.export import check_output, write_base
+from repo_jax.export import cache_of, check_output, shared_folder, write_base
 from repo_jax.models.tensors import fingerprint
 from repo_jax.preparation import Setup
+
+EXPORTS = ("hf", "adapter")
+
+
+class RunFolder:
+    """Where a run's files lie: in output_dir or, where that is a URL, small ones in a folder here whose files process 0 copies there.
+
+    Checkpoints go straight to a URL where Orbax can write there. Every process has a folder `here` of its own with a URL, and with a
+    path the one of all.
+    """
+
+    BASE, TRACES = "base", "profile"
+
+    def __init__(self, recipe: Recipe):
+        given = recipe.run.output_dir.removeprefix("file://")
+        self.url = given.rstrip("/") if urls.is_url(given) else None
+        self.here = pathlib.Path(given) if self.url is None else cache_of(self.url, recipe.data.cache_dir, "runs")
+        self._sent = {}  # name -> its state when it was copied to the URL
+
+    def __str__(self):
+        return self.url or str(self.here)
+
+    def shown(self, name: str) -> str:
+        """Where people find a file of the run."""
+        return f"{self}/{name}"
+
+    def url_of(self, name: str) -> str | None:
+        return self.url and f"{self.url}/{name}"
+
+    def checkpoints(self, keep: int) -> Checkpoints:
+        return Checkpoints(self.url or self.here, keep=keep, here=self.here / "checkpoints")
+
+    def fetch(self) -> None:
+        """Makes the folder here what the URL has, but for checkpoints, exports and traces."""
+        shutil.rmtree(self.here, ignore_errors=True)
+        self.here.mkdir(parents=True)
+        urls.download(self.url, self.here, lambda name: "/" not in name or name.startswith(f"{self.BASE}/"))
+
+    def keep(self, *, last: bool = False) -> None:
+        """Brings what is new here to the URL, if there is one. What fails is said, and tried again the next time.
+
+        Raises StoppedError where this was the last.
+        """
+        if self.url is None or not primary():
+            return
+        try:
+            self.send(path for path in self.here.iterdir() if path.is_file() and not path.name.startswith("."))
+        except (OSError, ValueError) as error:
+            if last:
+                raise StoppedError(f"{error}; the run's files are in '{self.here}': copy them from there") from None
+            print(f"{error}; training goes on, with its files in '{self.here}'", file=sys.stderr)
+
+    def send(self, paths: Iterable[pathlib.Path]) -> None:
+        """Copies those of these files here that have changed to the URL."""
+        states = {path.relative_to(self.here).as_posix(): path.stat() for path in paths}
+        states = {name: (stat.st_mtime_ns, stat.st_size) for name, stat in states.items()}
+        urls.upload(self.here, self.url, [name for name in states if self._sent.get(name) != states[name]])
+        self._sent |= states
+
+    def keep_traces(self) -> None:
+        """Brings what this process has traced to the URL, if there is one."""
+        if self.url is None:
+            return
+        try:
+            self.send(path for path in (self.here / self.TRACES).rglob("*") if path.is_file())
+        except (OSError, ValueError) as error:
+            print(f"{error}; the traces stay in '{self.here / self.TRACES}'", file=sys.stderr)
+
 
 # What may change when a run goes on: where and how it computes, not what.
 FREE = {
@@ -72,30 +143,74 @@ def claim(setup: Setup) -> None:
     """Makes the output folder this run's, or finds that it is: a folder holds one run.
 
     Several processes call it together; process 0 writes. Raises ValueError naming what differs when the folder holds a run of another
-    recipe or other data.
+    recipe or other data, and OSError where a URL cannot be written to.
     """
-    recipe, folder, own = setup.recipe, pathlib.Path(setup.recipe.run.output_dir), identity(setup)
-    for name in ("hf", "adapter"):
-        check_output(folder / name)
-    claimed = folder / "identity.yaml"
-    if claimed.exists() and holds_checkpoints(folder):  # before the first there is nothing to lose
+    recipe, run, own = setup.recipe, RunFolder(setup.recipe), identity(setup)
+    folder = run.here
+    if run.url is None:
+        for name in EXPORTS:
+            check_output(folder / name)
+        _check_shared(folder)
+    else:
+        _check_url(run.url)
+        run.fetch()
+    claimed, trained = folder / "identity.yaml", holds_checkpoints(run.url or folder)
+    if claimed.exists() and trained:  # before the first there is nothing to lose
         changes = _differences(yaml.safe_load(claimed.read_text(encoding="utf-8")), own)
         if changes:
             raise ValueError(
-                f"output_dir='{folder}' holds another run ({'; '.join(changes)}); name a new output_dir, or remove that folder"
+                f"output_dir='{run}' holds another run ({'; '.join(changes)}); name a new output_dir, or remove that folder"
             )
-    elif not claimed.exists() and (holds_checkpoints(folder) or (folder / "recipe.yaml").exists()):
-        raise ValueError(
-            f"output_dir='{folder}' holds files that are not from a run of repo-jax; name a new output_dir"
-        )
+    elif not claimed.exists() and (trained or (folder / "recipe.yaml").exists()):
+        raise ValueError(f"output_dir='{run}' holds files that are not from a run of repo-jax; name a new output_dir")
     wait_for_all("looked at output_dir")
-    if primary():
+    if primary() or run.url:
         folder.mkdir(parents=True, exist_ok=True)
-        if not holds_checkpoints(folder):
+        if not trained:
             write_base(setup.pretrained.files, setup.cfg, setup.tokenizer, folder / "base")
             write_whole(claimed, yaml.safe_dump(own, sort_keys=False, allow_unicode=True))
         write_whole(folder / "recipe.yaml", dump_recipe(recipe))
+    if run.url is not None:
+        _send_all(run)
     wait_for_all("claimed output_dir")
+
+
+def _check_url(url: str) -> None:
+    """Whether a run can be kept at a URL. Raises ValueError or OSError."""
+    urls.without_secrets("output_dir", url)
+    if jax.process_count() > 1 and not written_directly(url):
+        raise ValueError(
+            f"output_dir='{url}' is for one process, and there are {jax.process_count()}: several write their checkpoints together to gs:// or "
+            "to a folder that all of them see; name one of these, such as where the bucket is mounted"
+        )
+    for name in EXPORTS:
+        check_output(f"{url}/{name}")
+
+
+def _check_shared(folder: pathlib.Path) -> None:
+    """Raises ValueError, on all processes, where what process 0 writes is not seen by all."""
+    if jax.process_count() == 1:
+        return
+    with shared_folder(folder, ".seen-") as mark:
+        try:
+            agree({"output_dir": str(mark.is_dir())})
+        except ValueError:
+            raise ValueError(
+                f"output_dir='{folder}' is not one folder for all processes: what the first writes there, others do not see; name one on a "
+                "disk that all hosts share, or a gs:// URL"
+            ) from None
+
+
+def _send_all(run: RunFolder) -> None:
+    """The first copy to the URL. Raises OSError, on all processes, where it cannot be written to."""
+    reason = ""
+    if primary():
+        try:
+            run.send(path for path in run.here.rglob("*") if path.is_file())
+        except (OSError, ValueError) as error:
+            reason = str(error)
+    if reason := text_from_primary(reason):
+        raise OSError(reason)
 
 
 def _fixed(recipe: Recipe) -> dict:

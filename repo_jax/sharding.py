@@ -19,10 +19,14 @@ BATCH = P(("data", "fsdp"))  # the leading axis of every batch and activation
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> Mesh:
     """A mesh with axes data, fsdp and tensor; one of them may be -1 and takes the devices that are left.
 
-    Slices of a multi-slice TPU lie side by side along data, so that nothing else leaves a slice. Raises ValueError when the axes do not
+    Slices of a multi-slice TPU lie side by side along data, so that nothing else leaves a slice; data 1 becomes their number. Raises ValueError when the axes do not
     multiply to the number of devices, or data not to that of the slices.
     """
     devices = jax.devices() if devices is None else devices
+    slices = {}
+    for device in devices if devices[0].platform == "tpu" else ():
+        slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
+    data = max(1, len(slices)) if data == 1 else data
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     said = " ".join(f"{axis}={size}" for axis, size in sizes.items())
     fixed = math.prod(size for size in sizes.values() if size != -1)
@@ -38,9 +42,6 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
             f"mesh {said} needs {fixed} devices but {len(devices)} are present; "
             f"make the axes multiply to {len(devices)}, or set one of them to -1"
         )
-    slices = {}
-    for device in devices if devices[0].platform == "tpu" else ():
-        slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
     if len(slices) <= 1:
         return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
     if sizes["data"] % len(slices):

@@ -1,17 +1,21 @@
 """The model files, tokenizer and token stores a recipe asks for; no jax, so that looking at data opens no devices."""
 
+import dataclasses
 import functools
 import json
+import os
 import pathlib
 
+from repo_jax import urls
 from repo_jax.config import DataSection, Recipe
 from repo_jax.data import weights
 from repo_jax.data.chat import TokenOptions, load_tokenizer
-from repo_jax.data.sources import has_splits, open_source
+from repo_jax.data.sources import Source, has_splits, open_source
 from repo_jax.data.store import TokenStore, is_prepared, open_prepared, open_store
 from repo_jax.models.hub import ModelFiles, find_model
 
 FETCHED: dict[tuple, ModelFiles] = {}  # by this process: (name, revision, cache_dir, weights) -> where it is
+COPIED: dict[tuple[str, str], str] = {}  # by this process: (URL of data, cache_dir) -> the path of its copy
 
 
 def model_files(recipe: Recipe, *, weights: bool = False) -> ModelFiles:
@@ -83,7 +87,8 @@ def held_out_store(recipe: Recipe, tokenizer) -> TokenStore | None:
     if data.eval_dataset_name is not None:
         return _open(recipe, tokenizer, data.eval_dataset_name, split or "test", training=False)
     given = data.dataset_mixer or ([] if data.dataset_name is None else [data.dataset_name])
-    names = [name for name in given if has_splits(name) and not is_prepared(pathlib.Path(name))]
+    here = {name: data_path(name, data.cache_dir) for name in given} if split is not None else {}
+    names = [name for name, path in here.items() if has_splits(path) and not is_prepared(pathlib.Path(path))]
     if split is None or not names:
         return None
     whole = dict.fromkeys(names, 1.0) if data.dataset_mixer else names[0]
@@ -97,11 +102,10 @@ def held_out_store(recipe: Recipe, tokenizer) -> TokenStore | None:
 def _open(recipe: Recipe, tokenizer, dataset: str | dict[str, float], split: str, *, training: bool) -> TokenStore:
     data, options = recipe.data, token_options(recipe, training=training)
     transform = _token_weights(data) if training else None
-    prepared = [
-        name for name in ([dataset] if isinstance(dataset, str) else dataset) if is_prepared(pathlib.Path(name))
-    ]
+    paths = {name: data_path(name, data.cache_dir) for name in ([dataset] if isinstance(dataset, str) else dataset)}
+    prepared = [name for name, path in paths.items() if is_prepared(pathlib.Path(path))]
     if not prepared:
-        source = open_source(dataset, split, config=data.dataset_config)
+        source = _source(dataset, paths, split, config=data.dataset_config)
         rules = {"schema": data.schema, "on_bad_rows": data.on_bad_rows, "cache_dir": data.cache_dir}
         return open_store(source, tokenizer, options, transform=transform, **rules)
     given = {
@@ -113,7 +117,37 @@ def _open(recipe: Recipe, tokenizer, dataset: str | dict[str, float], split: str
     if any(given.values()):
         refused = ", ".join(name for name in given if given[name])
         raise ValueError(f"'{prepared[0]}' is prepared already, whole and by itself; leave out {refused}")
-    return open_prepared(pathlib.Path(dataset), tokenizer, options, transform=transform)
+    return open_prepared(pathlib.Path(paths[dataset]), tokenizer, options, transform=transform)
+
+
+def data_path(name: str, cache_dir: str) -> str:
+    """Where data lie that a recipe names: a URL is copied here, once for all commands, and looked up once by each."""
+    if not urls.is_url(name):
+        return name
+    if (name, cache_dir) not in COPIED:
+        place = pathlib.Path(os.path.expanduser(cache_dir)) / "data"
+        COPIED[name, cache_dir] = str(urls.fetched(urls.without_secrets("dataset_name", name), place))
+    return COPIED[name, cache_dir]
+
+
+def _source(dataset: str | dict[str, float], paths: dict[str, str], split: str, *, config: str | None) -> Source:
+    """open_source of the copies; for people the data bear the names that they were given."""
+    if paths == {name: name for name in paths}:
+        return open_source(dataset, split, config=config)
+    here = paths[dataset] if isinstance(dataset, str) else {paths[name]: share for name, share in dataset.items()}
+    try:
+        source = open_source(here, split, config=config)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(_named(str(error), paths)) from None
+    except ValueError as error:
+        raise ValueError(_named(str(error), paths)) from None
+    return dataclasses.replace(source, name=_named(source.name, paths))
+
+
+def _named(text: str, paths: dict[str, str]) -> str:
+    for name, path in paths.items():
+        text = text.replace(path, name)
+    return text
 
 
 def _token_weights(data: DataSection):

@@ -14,7 +14,7 @@ from repo_jax.config import Recipe
 from repo_jax.data.batches import batch_indices
 from repo_jax.data.rows import RowBatch
 from repo_jax.data.schema import PairTokens
-from repo_jax.distributed import Interruption, agree, join, primary
+from repo_jax.distributed import Interruption, agree, from_primary, join, primary, stopping_at_once
 from repo_jax.evaluation import evaluate_pairs
 from repo_jax.export import card_of, export_adapter, export_merged, export_model, push_export
 from repo_jax.memory import explained, held_in_training, what_helps
@@ -23,13 +23,14 @@ from repo_jax.optimizer import make_optimizer
 from repo_jax.preparation import Setup, keep_programs, set_up
 from repo_jax.progress import Compiled, Log, compiled, describe, say
 from repo_jax.report import summary_text, write_report
-from repo_jax.run_folder import claim, read_metrics, read_results, save_evaluation, what_runs
+from repo_jax.run_folder import RunFolder, claim, read_metrics, read_results, save_evaluation, what_runs
 from repo_jax.state import TrainState, initial_state, state_shapes, state_shardings, variables_of
 from repo_jax.step import Scorer, TrainStep
 
 
 def train(recipe: Recipe) -> pathlib.Path:
-    """Trains by a recipe, evaluates, exports and reports; returns the run's folder, with the model in its hf/.
+    """Trains by a recipe, evaluates, exports and reports; returns the run's folder, with the model in its hf/. Of a run whose
+    output_dir is a URL that is the folder on this machine that is copied there.
 
     Goes on from the folder's newest checkpoint. Several processes call it together (distributed.join), with an output_dir that all
     of them see. Raises ValueError or FileNotFoundError, before any device work, for what cannot be run, and InterruptedRunError when
@@ -61,7 +62,8 @@ def run(setup: Setup) -> pathlib.Path:
 
 
 def _run(setup: Setup, optimizer, shapes: TrainState, shardings: TrainState, began: Compiled) -> pathlib.Path:
-    recipe, folder = setup.recipe, pathlib.Path(setup.recipe.run.output_dir)
+    recipe, place = setup.recipe, RunFolder(setup.recipe)
+    folder = place.here
     frozen = setup.pretrained.params(setup.mesh, recipe.model.param_dtype) if recipe.model.use_peft else None
     scorer = Scorer(setup.model, setup.loss, setup.hparams, setup.mesh, setup.shapes)
     step = TrainStep(
@@ -71,11 +73,11 @@ def _run(setup: Setup, optimizer, shapes: TrainState, shardings: TrainState, beg
         frozen=frozen,
         seed=recipe.run.seed,
     )
-    with Checkpoints(folder, keep=recipe.run.save_total_limit) as checkpoints:
-        start = checkpoints.latest() or 0
+    with place.checkpoints(keep=recipe.run.save_total_limit) as checkpoints:
+        start = int(from_primary(np.int32(checkpoints.latest() or 0)))  # what a host sees of a shared folder may be old
         if start:
             say(
-                f"going on from {folder}/checkpoint-{start}: {setup.total_steps - start} of {setup.total_steps} updates are left"
+                f"going on from {place}/checkpoint-{start}: {setup.total_steps - start} of {setup.total_steps} updates are left"
             )
             state = checkpoints.restore(start, shapes, shardings)
         else:
@@ -87,11 +89,16 @@ def _run(setup: Setup, optimizer, shapes: TrainState, shardings: TrainState, beg
             if setup.held_out is not None:
                 variables = variables_of(state.params, frozen)
                 save_evaluation(folder, "before", evaluate_pairs(scorer, variables, setup.held_out))
+                place.keep()
         log = Log(setup, folder / "metrics.jsonl", start, began=began)
-        params = run_updates(setup, state, step, scorer, checkpoints, log, start, frozen).params
-    if setup.held_out is not None:
-        save_evaluation(folder, "after", evaluate_pairs(scorer, variables_of(params, frozen), setup.held_out))
-    finish(setup, params, frozen, folder)
+        params = run_updates(setup, state, step, scorer, checkpoints, log, start, frozen, place).params
+    with (
+        stopping_at_once()
+    ):  # several processes too: JAX's service would only note SIGTERM for an update that never comes
+        if setup.held_out is not None:
+            save_evaluation(folder, "after", evaluate_pairs(scorer, variables_of(params, frozen), setup.held_out))
+            place.keep()
+        finish(setup, params, frozen, place)
     return folder
 
 
@@ -127,9 +134,10 @@ def run_updates(
     log: Log,
     start: int,
     frozen: dict | None,
+    place: RunFolder,
 ) -> TrainState:
     """Updates start .. total_steps - 1, with the evaluations and checkpoints that fall due."""
-    run, total, folder = setup.recipe.run, setup.total_steps, pathlib.Path(setup.recipe.run.output_dir)
+    run, total = setup.recipe.run, setup.total_steps
     from_, to = run.traced
     traced = range(max(from_, start + 1), min(to, total) + 1)
     if start < total:
@@ -139,46 +147,52 @@ def run_updates(
             log.before_update()
             if traced and k + 1 == traced[0]:
                 jax.block_until_ready(state)  # what still runs is not of this update
-                jax.profiler.start_trace(folder / "profile")
+                jax.profiler.start_trace(place.here / place.TRACES)
             state, metrics = step(state, pairs, rows)
             if traced and k + 1 == traced[-1]:
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
-                say(f"updates {traced[0]}-{traced[-1]} are traced in {folder / 'profile'}; xprof shows them")
+                say(f"updates {traced[0]}-{traced[-1]} are traced in {place.shown(place.TRACES)}; xprof shows them")
             log.update(k + 1, metrics, pairs)
+            checkpoints.check()
             if setup.held_out is not None and run.eval_steps and (k + 1) % run.eval_steps == 0:
                 variables = variables_of(state.params, frozen)
                 log.evaluated(lambda variables=variables: evaluate_pairs(scorer, variables, setup.held_out))
-            stopping = interruption.due(k + 1) and k + 1 < total
+            stopping = interruption.due(k + 1)
             if (k + 1) % run.save_steps == 0 or k + 1 == total or stopping:
                 log.flush()  # what a checkpoint covers stands in the log before the checkpoint exists
+                place.keep()
                 last = stopping or k + 1 == total
                 if last or not log.skipping:  # else the run may have diverged, and an older checkpoint be worth more
                     checkpoints.save(state, k + 1, last=last)
             if stopping:
                 log.close()
-                raise interruption.error(f"{folder}/checkpoint-{k + 1} of {total}")
+                raise interruption.error(f"{place}/checkpoint-{k + 1} of {total}")
     log.close()
     return state
 
 
-def finish(setup: Setup, params: dict, frozen: dict | None, folder: pathlib.Path) -> None:
+def finish(setup: Setup, params: dict, frozen: dict | None, place: RunFolder) -> None:
     """Exports, writes the report, and says what came of the run."""
+    place.keep_traces()
+    folder, url_of = place.here, place.url_of
     results = read_results(folder) if primary() else None
     recipe, base = setup.recipe, folder / "base"
-    options = {"base": base, "output": folder / "hf", "card": card_of(recipe, base, results=results, adapter=False)}
+    card = card_of(recipe, base, results=results, adapter=False)
+    options = {"base": base, "output": folder / "hf", "url": url_of("hf"), "card": card}
     if frozen is None:
         difference = export_model(params, setup.cfg, setup.mesh, **options)
     else:
         card = card_of(recipe, base, results=results, adapter=True)
-        export_adapter(params, setup.cfg, model=recipe.model, base=base, output=folder / "adapter", card=card)
+        own = {"base": base, "output": folder / "adapter", "url": url_of("adapter"), "card": card}
+        export_adapter(params, setup.cfg, model=recipe.model, **own)
         difference = export_merged(params, frozen, setup.pretrained, setup.mesh, model=recipe.model, **options)
     if primary():
-        _tell(setup, folder, results, difference, adapter=frozen is not None)
+        _tell(setup, place, results, difference, adapter=frozen is not None)
 
 
-def _tell(setup: Setup, folder: pathlib.Path, results: dict | None, difference: float, *, adapter: bool) -> None:
-    margins = None
+def _tell(setup: Setup, place: RunFolder, results: dict | None, difference: float, *, adapter: bool) -> None:
+    folder, margins = place.here, None
     if results is not None:
         margins = tuple(np.load(folder / f"margins_{when}.npy") for when in ("before", "after"))
     report = write_report(
@@ -189,12 +203,13 @@ def _tell(setup: Setup, folder: pathlib.Path, results: dict | None, difference: 
         gamma=setup.hparams.get("gamma"),
         about=describe(setup).splitlines(),
     )
+    place.keep(last=True)
     if results is not None:
         say(f"\n{results['pairs']} held-out pairs\n{summary_text(results['before'], results['after'])}\n")
-    say(f"model   {folder / 'hf'}  (reloaded; log-probs within {difference:.1g} of the trained model's)")
+    say(f"model   {place.shown('hf')}  (reloaded; log-probs within {difference:.1g} of the trained model's)")
     if adapter:
-        say(f"adapter {folder / 'adapter'}  (for PEFT)")
-    say(f"report  {report}")
+        say(f"adapter {place.shown('adapter')}  (for PEFT)")
+    say(f"report  {place.shown(report.name)}")
     if setup.push_to is not None:
         run = setup.recipe.run
         page = push_export(folder / "hf", setup.push_to, private=run.hub_private_repo, revision=run.hub_revision)

@@ -2,6 +2,7 @@ import json
 import signal
 import time
 
+import jax
 import numpy as np
 import pytest
 from examples import ASSETS
@@ -9,6 +10,7 @@ from processes import Run, free_port
 from safetensors.numpy import load_file
 
 from repo_jax import distributed
+from repo_jax.config import InterruptedRunError, StoppedError
 from repo_jax.distributed import differences, join
 
 UPDATES = 12
@@ -124,6 +126,31 @@ def test_the_odd_one_is_named_with_its_host_and_what_it_has():
     assert differences(said) == []
     said[2] = {"host": "h2", "runs": {"jax": "0.10.1", "code": "abc"}}
     assert differences(said) == ["process 2 (h2) has jax 0.10.1, 3 of 4 have 0.10.2"]
+    said = [{"host": f"h{i}", "runs": {"a": "1"} | ({"b": "2"} if i == odd else {})} for odd in (1,) for i in range(3)]
+    assert differences(said) == ["process 1 (h1) has b 2, 2 of 3 have not there"]
+    assert differences(said[::-1]) == ["process 1 (h1) has b 2, 2 of 3 have not there"]
+
+
+@pytest.mark.parametrize(
+    "error, code, words",
+    [
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: Socket closed"), 1, "another process is lost"),
+        (jax.errors.JaxRuntimeError("INTERNAL: Mosaic failed to compile"), 1, "Traceback"),
+        (ZeroDivisionError("oh"), 1, "ZeroDivisionError: oh"),
+        (StoppedError("out of memory"), 1, "process 1 of 2: out of memory"),
+        (InterruptedRunError("told to stop"), 75, "told to stop"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command on all hosts"),
+    ],
+    ids=str,
+)
+def test_what_ends_one_of_several_processes_ends_it_at_once_in_words(monkeypatch, capsys, error, code, words):
+    left = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(distributed.os, "_exit", left.append)
+    with distributed.together():
+        raise error
+    assert left == [code] and words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -404,6 +404,15 @@ def test_resume_ends_with_the_exit_code_of_a_training_that_failed(world):
     assert actions(world) == ["create", "scp", "start"]
 
 
+def test_resume_called_anew_starts_a_training_that_failed_again(world):
+    world.outcomes(3)
+    assert resume(world).returncode == 3
+    done = resume(world)
+    ok(done)
+    assert len(world.wait_for_trainings(4)) == 4  # two workers, twice
+    assert "training has ended; the machine is kept" in done.stderr
+
+
 def test_resume_gives_up_when_there_is_no_room_for_long(world):
     (world.state / "no_room").touch()
     done = resume(world)

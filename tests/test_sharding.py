@@ -105,5 +105,11 @@ def test_slices_lie_side_by_side_along_data():
 
 
 def test_data_that_is_no_multiple_of_the_slices_is_refused():
+    devices = [SliceDevice(i, i // 4) for i in range(8)]
     with pytest.raises(ValueError, match=r"make data a multiple of 2, as in --mesh.data 2"):
-        make_mesh(1, -1, 1, [SliceDevice(i, i // 4) for i in range(8)])
+        make_mesh(-1, 8, 1, [*devices, *(SliceDevice(i, i // 4) for i in range(8, 24))][:8])
+    assert make_mesh(1, -1, 1, devices).shape == {
+        "data": 2,
+        "fsdp": 4,
+        "tensor": 1,
+    }  # every recipe runs on several slices

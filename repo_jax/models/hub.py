@@ -1,24 +1,18 @@
 """Models by name: a folder, a URL, or ORG/NAME on the Hugging Face Hub becomes a folder; a folder becomes a model on the Hub."""
 
 import fnmatch
-import hashlib
 import json
 import os
 import pathlib
-import re
-import shutil
-import textwrap
 import urllib.parse
 from typing import NamedTuple
 
-import filelock
-import fsspec
 import huggingface_hub
-from fsspec.callbacks import TqdmCallback
 from fsspec.implementations.local import LocalFileSystem
-from fsspec.registry import known_implementations
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import validate_repo_id
+
+from repo_jax import urls
 
 # What is fetched of a model; README.md says its licence. Subfolders hold the model in other formats, and Mistral's
 # consolidated.safetensors is the weights a second time.
@@ -36,9 +30,6 @@ REPLACED = [
     "chat_template.jinja",
 ]
 
-# What tells one version of a stored file from another, as the file systems call it. Without any, its size has to do.
-VERSIONS = ["etag", "ETag", "generation", "md5Hash", "content_md5", "blob_id", "LastModified", "last_modified", "mtime"]
-
 LOG_IN = "log in with `hf auth login` (or set HF_TOKEN)"
 
 
@@ -52,10 +43,10 @@ def local_folder(
     line that says what to change.
     """
     name = os.fspath(name)
-    folder, is_url = pathlib.Path(os.path.expanduser(name)), "://" in name
+    folder, is_url = pathlib.Path(os.path.expanduser(name)), urls.is_url(name)
     if revision is not None and (is_url or folder.is_dir()):
         raise ValueError(
-            f"revision '{revision}' chooses among those of a model on the Hub, but '{_shown(name)}' is none; leave it out"
+            f"revision '{revision}' chooses among those of a model on the Hub, but '{urls.shown(name)}' is none; leave it out"
         )
     if is_url:
         return _from_url(name, pathlib.Path(os.path.expanduser(cache_dir)), weights)
@@ -95,7 +86,7 @@ def find_model(
             f"'{described}' does not say base_model_name_or_path; write there what the adapter belongs to"
         ) from None
     try:
-        here = "://" in base or os.path.isdir(os.path.expanduser(base))  # PEFT may write a revision all the same
+        here = urls.is_url(base) or os.path.isdir(os.path.expanduser(base))  # PEFT may write a revision all the same
         revision = None if here else config.get("revision")
         below = local_folder(base, revision=revision, cache_dir=cache_dir, weights=weights)
     except (OSError, ValueError) as error:
@@ -196,8 +187,7 @@ def _cause(error: Exception) -> str:
     said = str(cause).strip() or type(cause).__name__
     if isinstance(cause, errors.HfHubHTTPError):
         said = f"{_status(cause)}: {cause.server_message or said.splitlines()[0]}"
-    said = re.sub(r"\bhf_[A-Za-z0-9]{8,}|(?<=Bearer )[^'\"]+", "...", said)
-    return textwrap.shorten(said, 200, placeholder=" ...").rstrip(".")
+    return urls.said(said)
 
 
 # URLs
@@ -205,20 +195,14 @@ def _cause(error: Exception) -> str:
 
 def _from_url(url: str, cache_dir: pathlib.Path, weights: bool) -> pathlib.Path:
     """The folder that a URL's model was copied into, now or earlier: whole or not there. A file:// URL is the folder itself."""
-    shown = _shown(url).rstrip("/")
+    shown = urls.shown(url).rstrip("/")
     if urllib.parse.urlsplit(url).hostname in ("huggingface.co", "hf.co"):
         raise ValueError(f"'{shown}' is a page of the Hub; give ORG/NAME alone, and a branch or commit as the revision")
+    files, path = urls.opened(url)
     try:
-        files, path = fsspec.core.url_to_fs(url)
-        files.invalidate_cache()  # what was listed earlier in this process
         entries = files.ls(path, detail=True)
-    except ImportError as error:
-        known = known_implementations.get(url.split("://")[0], {"class": "fsspec"})
-        package = known["class"].split(".")[0]
-        install = str(error) if package == "fsspec" else f"pip install {package}"
-        raise ValueError(f"'{shown}' needs a package that is not installed; {install}") from None
     except Exception as error:  # each file system's own kinds
-        raise _unreadable(shown, error) from None
+        raise urls.unreadable(shown, error) from None
     if isinstance(files, LocalFileSystem):
         return pathlib.Path(path)
     wanted = TEXTS + WEIGHTS if weights else TEXTS
@@ -230,58 +214,11 @@ def _from_url(url: str, cache_dir: pathlib.Path, weights: bool) -> pathlib.Path:
         raise FileNotFoundError(
             f"'{shown}' has no safetensors; save the model again with transformers (save_pretrained)"
         )
-    return _copied(files, shown, found, cache_dir / "models")
-
-
-def _copied(files, shown: str, found: dict[str, dict], place: pathlib.Path) -> pathlib.Path:
-    versions = {
-        name: [entry.get("size"), *(str(entry[key]) for key in VERSIONS if key in entry)]
-        for name, entry in found.items()
-    }
-    key = hashlib.sha256(json.dumps([shown, versions]).encode()).hexdigest()[:16]
-    folder = place / f"{shown.rsplit('/', 1)[-1]}-{key}"
-    part = folder.with_name(f".{folder.name}.part")
-    place.mkdir(parents=True, exist_ok=True)
-    # One process copies and the others wait; a process that was killed holds no lock any more.
-    with filelock.FileLock(place / f".{folder.name}.lock"):
-        if folder.is_dir():
-            return folder
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        try:
-            theirs, ours = [entry["name"] for entry in found.values()], [str(part / name) for name in found]
-            with TqdmCallback(tqdm_kwargs={"desc": f"copying {shown}", "unit": "file"}) as progress:
-                files.get(theirs, ours, callback=progress)
-            for name, entry in found.items():
-                size = (part / name).stat().st_size
-                if entry.get("size") not in (None, size):
-                    raise OSError(f"{name} has {entry['size']} bytes there, {size} came")
-            part.rename(folder)
-        except Exception as error:  # each file system's own kinds
-            raise _unreadable(shown, error) from None
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    return folder
+    return urls.copied(files, shown, found, cache_dir / "models")
 
 
 def _matches(name: str, patterns: list[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _shown(url: str) -> str:
-    """A URL without what may be secret in it: user and password, and the query."""
-    scheme, slashes, rest = url.partition("://")
-    if not slashes:
-        return url
-    rest = rest.split("?")[0]
-    host = rest.split("/")[0]
-    return scheme + slashes + host.rsplit("@", 1)[-1] + rest[len(host) :]
-
-
-def _unreadable(shown: str, error: Exception) -> OSError:
-    if isinstance(error, FileNotFoundError):
-        return FileNotFoundError(f"there is no folder '{shown}', or none that you may see; check the URL")
-    return OSError(f"'{shown}' could not be read ({_cause(error)}); check the URL, your rights there, and the network")
 
 
 # Pushing

@@ -681,7 +681,7 @@ def test_what_a_url_lacks_is_told(bucket, tmp_path):
 def test_the_package_that_a_url_needs_is_named(tmp_path, monkeypatch):
     for module in ("gcsfs", "s3fs", "adlfs"):
         monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
-    for scheme, package in (("gs", "gcsfs"), ("s3", "s3fs"), ("abfs", "adlfs")):
+    for scheme, package in (("gs", "'repo_jax[gs]'"), ("s3", "'repo_jax[s3]'"), ("abfs", "adlfs")):
         assert refusal(hub.local_folder, f"{scheme}://me:hidden@bucket/model", cache_dir=tmp_path) == (
             f"'{scheme}://bucket/model' needs a package that is not installed; pip install {package}"
         )
