@@ -13,18 +13,25 @@ from repo_jax import distributed
 from repo_jax.config import InterruptedRunError, StoppedError
 from repo_jax.distributed import differences, join
 
-UPDATES = 12
+UPDATES = 8
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("processes")
+    """With 48 short pairs in data/, 16 of them held out."""
+    folder = tmp_path_factory.mktemp("processes")
+    rows = (ASSETS / "preferences" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    short = [row for row in rows if len(row) < 600][:48]
+    (folder / "data").mkdir()
+    (folder / "data" / "train.jsonl").write_text("\n".join(short[:32]) + "\n", encoding="utf-8")
+    (folder / "data" / "test.jsonl").write_text("\n".join(short[32:]) + "\n", encoding="utf-8")
+    return folder
 
 
 def start(folder, name: str, *arguments, output=None, **options) -> Run:
     """A short run on 4 devices in all; whatever the number of processes, the same pairs in the same rows."""
     recipe = {"max_steps": UPDATES, "train_batch_size": 4, "rows_per_device": 1, "save_steps": 1000, "seed": 7}
-    recipe |= {"eval_dataset_name": ASSETS / "preferences" / "test.jsonl", "learning_rate": 3e-4}
+    recipe |= {"dataset_name": folder / "data", "row_length": 384, "learning_rate": 3e-4}
     recipe |= {"output_dir": output or folder / name, "cache_dir": folder / "cache"}
     flags = [part for flag, value in recipe.items() for part in (f"--{flag}", value)]
     return Run(folder / f"logs-{name}", "configs/quickstart.yaml", *flags, *arguments, **options)
@@ -81,12 +88,12 @@ def test_sigterm_to_one_of_several_saves_all_and_fewer_go_on_in_the_same_order(f
     output = folder / f"stopped-{mode}"
     before = start(folder, f"{mode}-before", "--mode", mode, output=output, processes=2, devices=2)
     with before:
-        before.until("update 2/")
+        before.until("update 1/")
         before.processes[1].send_signal(signal.SIGTERM)
         assert before.wait() == [75, 75], before.text() + before.text(1)
     [saved] = output.glob("checkpoint-*")
     done = int(saved.name.removeprefix("checkpoint-"))
-    assert 2 < done < UPDATES
+    assert 1 < done < UPDATES
     assert f"checkpoint-{done} of {UPDATES} is saved, and the same command goes on from there" in before.text()
     after = finished(start(folder, f"{mode}-after", "--mode", mode, output=output, devices=4))
     assert f"going on from {output}/checkpoint-{done}" in after.text()

@@ -1,4 +1,4 @@
-"""Twenty updates are the same on any mesh, in any order of devices, in one micro-batch or four."""
+"""Twenty updates are the same on any mesh, in any order of devices, in one micro-batch or four: pytest -m slow tests/test_meshes.py."""
 
 import functools
 
@@ -72,6 +72,6 @@ def test_twenty_updates_are_those_of_one_device(loss_type, mode, layout):
         assert np.linalg.norm(one - other) <= 1e-3 * np.linalg.norm(other)
 
 
+@pytest.mark.slow
 def test_the_two_forms_of_one_device_train_alike():
-    """What the slow tests compare with: `pytest -m slow tests/test_meshes.py`."""
     np.testing.assert_allclose(alone("repo", "two_pass")[0], alone("repo", "direct")[0], rtol=NOISE, atol=NOISE)

