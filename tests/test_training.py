@@ -265,6 +265,7 @@ def test_export_writes_any_checkpoint_though_the_first_model_is_gone(unbroken, t
     assert str(STORIES) not in (tmp_path / "out" / "config.json").read_text()
 
 
+@pytest.mark.slow
 def test_two_pass_trains_to_the_same_weights(unbroken, recipe, tmp_path):
     finished(command(recipe, tmp_path / "run", "--mode", "two_pass", "--two_pass_below", "null"))
     before = safetensors.numpy.load_file(STORIES / "model.safetensors")
@@ -446,6 +447,7 @@ def test_a_run_with_adapters_exports_them_and_the_model_they_amount_to(adapted):
     assert not adapter
 
 
+@pytest.mark.slow
 def test_a_run_with_adapters_goes_on_bit_for_bit(recipe, adapted, tmp_path):
     run = shutil.copytree(adapted[0], tmp_path / "run")
     for name in ("checkpoint-4", "hf", "adapter"):
