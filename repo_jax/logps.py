@@ -168,7 +168,7 @@ def _is_target(targets_X, V):
 def _logps(logits_XV, targets_X):
     """The targets' log-probs and the log of the softmax's sum."""
     lse_X = jax.nn.logsumexp(logits_XV, axis=-1)
-    if jax.sharding.get_abstract_mesh().size <= 1:
+    if jax.sharding.get_abstract_mesh().size <= 1:  # the sum below would cost a CPU a second array of logits
         target_X = jnp.take_along_axis(logits_XV, targets_X[:, None], axis=-1)[:, 0]
     else:
         # A masked sum rather than an index: where V is split, each shard adds its own part.

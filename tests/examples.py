@@ -19,6 +19,16 @@ STORIES = ASSETS / "stories260K"
 TINY = DecoderConfig(D=16, F=24, N=4, K=2, H=4, V=50, L=3, max_positions=64)
 
 
+def short_pairs(folder: pathlib.Path) -> pathlib.Path:
+    """data/ in the folder: 32 short real pairs to train on and 16 held out."""
+    rows = (ASSETS / "preferences" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    short = [row for row in rows if len(row) < 600][:48]
+    (folder / "data").mkdir()
+    (folder / "data" / "train.jsonl").write_text("\n".join(short[:32]) + "\n", encoding="utf-8")
+    (folder / "data" / "test.jsonl").write_text("\n".join(short[32:]) + "\n", encoding="utf-8")
+    return folder / "data"
+
+
 def one_device():
     return make_mesh(1, 1, 1, devices=jax.devices()[:1])
 

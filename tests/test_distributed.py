@@ -5,7 +5,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from examples import ASSETS
+from examples import short_pairs
 from processes import Run, free_port
 from safetensors.numpy import load_file
 
@@ -20,11 +20,7 @@ UPDATES = 8
 def folder(tmp_path_factory):
     """With 48 short pairs in data/, 16 of them held out."""
     folder = tmp_path_factory.mktemp("processes")
-    rows = (ASSETS / "preferences" / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    short = [row for row in rows if len(row) < 600][:48]
-    (folder / "data").mkdir()
-    (folder / "data" / "train.jsonl").write_text("\n".join(short[:32]) + "\n", encoding="utf-8")
-    (folder / "data" / "test.jsonl").write_text("\n".join(short[32:]) + "\n", encoding="utf-8")
+    short_pairs(folder)
     return folder
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import yaml
-from examples import ASSETS, ROOT, STORIES
+from examples import ROOT, STORIES, short_pairs
 
 from repo_jax import cli
 from repo_jax.cli import main
@@ -38,11 +38,7 @@ TIMINGS |= {"peak_process_memory_gib", "compilations", "compile_seconds"}
 def recipe(tmp_path_factory):
     """The quickstart on 48 short pairs, 16 of them held out."""
     folder = tmp_path_factory.mktemp("recipe")
-    rows = (ASSETS / "preferences" / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    short = [row for row in rows if len(row) < 600][:48]
-    (folder / "data").mkdir()
-    (folder / "data" / "train.jsonl").write_text("\n".join(short[:32]) + "\n", encoding="utf-8")
-    (folder / "data" / "test.jsonl").write_text("\n".join(short[32:]) + "\n", encoding="utf-8")
+    short_pairs(folder)
     tree = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text(encoding="utf-8"))
     tree["model"]["model_name_or_path"] = str(STORIES)
     tree["data"] |= {"dataset_name": str(folder / "data"), "row_length": 384, "cache_dir": str(folder / "cache")}
