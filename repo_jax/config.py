@@ -47,9 +47,9 @@ class ModelSection:
         "auto",
         description="what parameters are kept in; auto: float32 where they are trained, else compute_dtype; bfloat16 halves their memory, and their updates are rounded up or down at random to its 8 bits",
     )
-    attn_implementation: Literal["auto", "dense", "blocked", "splash", "flash"] = Field(
+    attn_implementation: Literal["auto", "dense", "blocked", "splash", "triton", "flash"] = Field(
         "auto",
-        description="the form of attention, all equally exact; auto: splash on TPU, flash on GPU, blocked on one CPU device, else dense",
+        description="the form of attention, all equally exact; auto: splash on TPU, flash on GPU, blocked on one CPU device, else dense; triton: kernels for NVIDIA GPUs",
     )
     remat: Literal["none", "dots", "attention", "full", "offload"] = Field(
         "full",

@@ -223,8 +223,11 @@ def _check_backend() -> None:
 
 def _check_kernel(model: ModelSection, mesh: Mesh) -> None:
     platform, name = _platform(mesh), model.attn_implementation
-    if name == "splash" and platform != "tpu":
-        raise ValueError(f"attn_implementation={name} runs on TPUs but the devices are {platform}s; leave it at auto")
+    needed = {"splash": "tpu", "triton": "gpu"}.get(name, platform)
+    if platform != needed:
+        raise ValueError(
+            f"attn_implementation={name} runs on {needed.upper()}s but the devices are {platform}s; leave it at auto"
+        )
     if name == "blocked" and (platform != "cpu" or mesh.size > 1):
         raise ValueError(
             f"attn_implementation={name} is for one CPU device but there are {mesh.size} of {platform}; leave it at auto"
