@@ -10,7 +10,7 @@ from examples import ROOT
 
 # Within a layer a file may import those named before it.
 LAYERS = [
-    ["losses", "sharding", "hardware", "hlo", "topology", "urls", "models.config", "models.hub", "models.tensors", "data.sources", "data.schema", "data.special",
+    ["losses.types", "losses", "sharding", "hardware", "hlo", "topology", "urls", "models.config", "models.hub", "models.tensors", "data.sources", "data.schema", "data.special",
      "data.template", "data.official", "data.weights", "data.chat", "data.store"],
     ["config", "card", "distributed", "models.attention", "models.blocked", "models.views", "models.splash", "models.flash", "models.hf",
      "data.rows", "data.batches"],
