@@ -36,6 +36,10 @@ class ModelSection:
         description="folder of a Hugging Face model (config.json, safetensors, tokenizer), a gs:// or s3:// URL of one, or ORG/NAME on the Hub"
     )
     model_revision: str | None = Field(None, description="branch, tag or commit of a Hub model; null: its main branch")
+    reference_model_name_or_path: Path | None = Field(
+        None,
+        description="the reference model of losses that have one; null: the model before training, with adapters the one under them",
+    )
     chat_template: str | None = Field(
         None, description="Jinja text or the path of a .jinja file; null: the tokenizer's own"
     )

@@ -1,25 +1,32 @@
 """Everything that can be wrong with what a user gave, found before the first device computation."""
 
 import dataclasses
+import inspect
+import math
 import pathlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from repo_jax.config import DataSection, ModelSection, Recipe, RunSection
 from repo_jax.data.batches import steps_per_epoch
+from repo_jax.data.chat import load_tokenizer
+from repo_jax.data.groups import GROUPS
 from repo_jax.data.rows import BUDGET, RowShape, sizes_of, suggest_shapes, too_long
 from repo_jax.data.store import TokenStore
 from repo_jax.hardware import visible
-from repo_jax.losses import DEFAULT_LOSS, Loss, make_loss
+from repo_jax.losses import DEFAULT_LOSS, Loss, hyperparameters, make_loss
 from repo_jax.models.config import DecoderConfig
 from repo_jax.models.decoder import IN_VIEWS, Decoder, param_shapes
 from repo_jax.models.hub import check_push
 from repo_jax.models.lora import adapter_shapes
 from repo_jax.models.pretrained import Pretrained, open_model
 from repo_jax.sharding import batch_ways, make_mesh, param_shardings
+from repo_jax.step import needs_two_passes, takes_two_passes
 from repo_jax.stores import held_out_store, model_files, tokenizer_of, train_store
 
 
@@ -37,6 +44,9 @@ class Setup(NamedTuple):
     shapes: tuple[RowShape, ...]  # the largest, which holds every pair, and a few smaller ones
     total_steps: int
     push_to: str | None = None  # ORG/NAME of the Hub
+    reference: Pretrained | None = (
+        None  # the model that the loss compares with; None: the one that is trained, before it is
+    )
 
     @property
     def cfg(self) -> DecoderConfig:
@@ -97,6 +107,7 @@ def resolved(model: ModelSection, *, exact: bool) -> ModelSection:
     return dataclasses.replace(
         model,
         model_name_or_path=_absolute(model.model_name_or_path),
+        reference_model_name_or_path=_absolute(model.reference_model_name_or_path),
         compute_dtype=compute,
         param_dtype=kept if model.param_dtype == "auto" else model.param_dtype,
     )
@@ -118,16 +129,23 @@ def keep_programs(folder: str | None) -> None:
         jax.config.update("jax_compilation_cache_dir", folder)
 
 
-def set_up(recipe: Recipe, *, training: bool, pretrained: Pretrained | None = None) -> Setup:
+def set_up(
+    recipe: Recipe,
+    *,
+    training: bool,
+    pretrained: Pretrained | None = None,
+    loss: Loss | Callable | None = None,
+) -> Setup:
     """Loss, model, tokens, rows and mesh of a recipe; for training also how many updates there are.
 
-    `pretrained` stands in for the model that the recipe names.
+    `pretrained` stands in for the model that the recipe names; `loss`, a Loss or a function of PairLogps, for a loss_type.
 
     Raises ValueError or FileNotFoundError with a message that says what to change.
     """
     if training:
         _check_backend()
-    loss, hparams = make_loss(**recipe.loss)
+    name = recipe.loss.get("loss_type", DEFAULT_LOSS) if loss is None else name_of(loss)
+    loss, hparams = make_loss(**recipe.loss) if loss is None else own_loss(loss, recipe.loss)
     push_to = _push_to(recipe.run) if training else None
     pretrained = pretrained or open_model(model_files(recipe, weights=True))
     cfg = pretrained.cfg
@@ -153,7 +171,19 @@ def set_up(recipe: Recipe, *, training: bool, pretrained: Pretrained | None = No
                 f"lora_dropout={recipe.model.lora_dropout:g} leaves only mode direct, so that nothing would read "
                 f"two_pass_below={optim.two_pass_below:g}; leave one of them out"
             )
+        if takes_two_passes(loss):
+            raise ValueError(
+                f"lora_dropout={recipe.model.lora_dropout:g} needs mode direct, but loss '{name}' takes two passes; set it to 0"
+            )
         optim = dataclasses.replace(optim, mode="direct")
+    if training and takes_two_passes(loss):
+        if optim.mode == "direct":
+            raise ValueError(needs_two_passes(f"loss '{name}'"))
+        if optim.two_pass_below is not None:
+            raise ValueError(
+                f"loss '{name}' takes two passes always, so that nothing would read two_pass_below={optim.two_pass_below:g}; leave it out"
+            )
+        optim = dataclasses.replace(optim, mode="two_pass")
     tokenizer = tokenizer_of(recipe)
     if (largest := len(tokenizer)) > cfg.V:
         raise ValueError(
@@ -167,26 +197,129 @@ def set_up(recipe: Recipe, *, training: bool, pretrained: Pretrained | None = No
         raise ValueError(
             f"eval_steps={recipe.run.eval_steps} but there are no held-out pairs; give eval_dataset_name, or leave eval_steps out"
         )
-    for store in (train, held_out):
-        if store is not None and store.unpaired:
-            raise ValueError(
-                f"'{store.name}' is unpaired (prompt, completion, label) but loss '{recipe.loss.get('loss_type', DEFAULT_LOSS)}' compares two answers; give pairs"
-            )
+    train, held_out = (store and _with_needs(store, name, loss, recipe.data) for store in (train, held_out))
+    reference = _reference(recipe, name, loss, tokenizer, [one for one in (train, held_out) if one], training=training)
     mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor)
     param_shardings(param_shapes(cfg), mesh)
     if adapts:
         adapter_shapes(cfg, recipe.model.lora_r, recipe.model.lora_target_modules)
     _check_kernel(recipe.model, mesh)
-    shapes = _row_shapes(recipe, cfg, [store for store in (train, held_out) if store is not None], mesh)
+    stores = [store for store in (train, held_out) if store is not None]
+    shapes = _row_shapes(recipe, cfg, stores, mesh, sequences=1 + len(loss.groups))
     total_steps = _total_steps(recipe, train) if training else 0
     recipe = dataclasses.replace(
         recipe,
         optim=optim,
         data=_from_anywhere(recipe.data),
         model=resolved(recipe.model, exact=pretrained.adapter is not None or (training and not adapts)),
-        loss={"loss_type": DEFAULT_LOSS} | recipe.loss | hparams,
+        loss={"loss_type": name} | recipe.loss | hparams,
     )
-    return Setup(recipe, loss, hparams, pretrained, tokenizer, train, held_out, mesh, shapes, total_steps, push_to)
+    found = loss, hparams, pretrained, tokenizer, train, held_out, mesh, shapes, total_steps, push_to, reference
+    return Setup(recipe, *found)
+
+
+def name_of(loss: Loss | Callable) -> str:
+    """What a user's own loss is called."""
+    fn = loss.fn if isinstance(loss, Loss) else loss
+    return getattr(fn, "__name__", type(fn).__name__)
+
+
+def own_loss(loss: Loss | Callable, given: dict) -> tuple[Loss, dict[str, float]]:
+    """A user's own loss, and its hyperparameters with those of the recipe."""
+    name = name_of(loss)
+    loss = loss if isinstance(loss, Loss) else Loss(loss)
+    accepted = hyperparameters(loss)
+    for key, value in given.items():
+        if key == "loss_type" and value == name:
+            continue
+        if key not in accepted:
+            takes = f"it takes {', '.join(accepted)}" if accepted else "it takes none"
+            raise ValueError(f"loss '{name}' has no hyperparameter '{key}'; {takes}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"loss '{name}': {key}={value!r} must be a number")
+    unset = [key for key, value in accepted.items() if value is inspect.Parameter.empty and key not in given]
+    if unset:
+        raise ValueError(f"loss '{name}' needs {', '.join(unset)}; give recipe.loss.{unset[0]}")
+    return loss, accepted | {key: float(value) for key, value in given.items() if key != "loss_type"}
+
+
+def _with_needs(store: TokenStore, name: str, loss: Loss, data: DataSection) -> TokenStore:
+    """The store serving what the loss needs of the data. Raises ValueError where the data lack it."""
+    if store.unpaired and loss.layout == "pairs":
+        raise ValueError(
+            f"'{store.name}' is unpaired (prompt, completion, label) but loss '{name}' compares two answers; give pairs"
+        )
+    for column in loss.columns:
+        _check_column(store, column, f"loss '{name}' needs the column '{column}'")
+    if loss.reference:
+        _check_own_reference(store, data)
+    for group in loss.groups:
+        if group not in GROUPS:
+            raise ValueError(
+                f"loss '{name}' needs '{group}' sequences, which no data brings; there are {', '.join(GROUPS)}"
+            )
+    return store.serving(columns=loss.columns, groups={group: GROUPS[group](store) for group in loss.groups})
+
+
+def _check_column(store: TokenStore, column: str, needs: str) -> None:
+    values = store.columns.get(column)
+    if values is None:
+        has = f"it has {', '.join(sorted(store.columns))}" if store.columns else "it has no such numbers"
+        raise ValueError(f"{needs}, which '{store.name}' does not have ({has}); add it, or choose another loss")
+    without = np.flatnonzero(np.isnan(values))
+    if len(without):
+        raise ValueError(
+            f"{needs}, which {len(without)} of the {len(values)} pairs of '{store.name}' lack (the first: {store.plain(int(without[0])).id}); "
+            "add it there, or leave these rows out"
+        )
+
+
+def own_reference(store: TokenStore) -> tuple[str, ...]:
+    """The columns in which the data bring the log-probs of whole answers under a reference model, under TRL's names; () where they do not."""
+    names = ("ref_logps",) if store.unpaired else ("ref_chosen_logps", "ref_rejected_logps")
+    return names if any(name in store.columns for name in names) else ()
+
+
+def _check_own_reference(store: TokenStore, data: DataSection) -> None:
+    for column in (names := own_reference(store)):
+        _check_column(
+            store, column, f"log-probs under the reference model want {' and '.join(names)} whole: '{column}'"
+        )
+    weighted = [name for name in ("use_poet", "ld_alpha", "temporal_decay") if getattr(data, name) not in (None, False)]
+    if names and weighted:
+        raise ValueError(
+            f"'{store.name}' brings {' and '.join(names)}, which are of whole answers, but {weighted[0]} makes tokens count differently; "
+            f"remove these columns, or leave {weighted[0]} out"
+        )
+
+
+def _reference(
+    recipe: Recipe, name: str, loss: Loss, tokenizer, stores: list[TokenStore], *, training: bool
+) -> Pretrained | None:
+    """The reference model where it is another than the one that is trained."""
+    model, given = recipe.model, recipe.model.reference_model_name_or_path
+    if not loss.reference:
+        if given is not None:
+            raise ValueError(
+                f"reference_model_name_or_path='{given}' but loss '{name}' compares with no reference model; leave it out"
+            )
+        return None
+    if given is None:
+        if not training and not all(map(own_reference, stores)):
+            raise ValueError(
+                f"loss '{name}' compares '{model.model_name_or_path}' with a reference model; give reference_model_name_or_path, the model it was trained from"
+            )
+        return None
+    like = dataclasses.replace(model, model_name_or_path=given, model_revision=None)
+    files = model_files(dataclasses.replace(recipe, model=like), weights=True)
+    found, theirs = open_model(files), load_tokenizer(str(files.tokenizer))
+    if found.cfg.labels:
+        raise ValueError(f"reference_model_name_or_path='{given}' gives tokens no probability; give a language model")
+    if theirs.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"reference_model_name_or_path='{given}' has other tokens than '{model.model_name_or_path}'; give a model with the same tokenizer"
+        )
+    return found
 
 
 def _absolute(name: str | None) -> str | None:
@@ -235,11 +368,14 @@ def _check_kernel(model: ModelSection, mesh: Mesh) -> None:
         )
 
 
-def _row_shapes(recipe: Recipe, cfg: DecoderConfig, stores: list[TokenStore], mesh: Mesh) -> tuple[RowShape, ...]:
+def _row_shapes(
+    recipe: Recipe, cfg: DecoderConfig, stores: list[TokenStore], mesh: Mesh, *, sequences: int
+) -> tuple[RowShape, ...]:
+    """`sequences` is how many there are for each pair, itself included."""
     data, table = recipe.data, sizes_of(stores)
     shapes = suggest_shapes(
         *table,
-        B=recipe.optim.train_batch_size,
+        B=recipe.optim.train_batch_size * sequences,
         ways=batch_ways(mesh),
         row_length=data.row_length,
         scored_length=data.scored_length,

@@ -22,6 +22,7 @@ from repo_jax.distributed import primary
 from repo_jax.evaluation import Evaluation
 from repo_jax.flops import flops_of, lengths_of
 from repo_jax.hardware import chip_of, peak_memory
+from repo_jax.metrics import as_numbers
 from repo_jax.models.decoder import param_shapes
 from repo_jax.optimizer import learning_rate
 from repo_jax.preparation import Setup
@@ -141,7 +142,7 @@ class Log:
         if self._pending is None:
             return
         (step, metrics, flops, ids), self._pending = self._pending, None
-        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        metrics = as_numbers(metrics)
         skipped = not math.isfinite(metrics["loss"] + metrics["grad_norm"])
         self._skipped = self._skipped + 1 if skipped else 0
         if skipped:

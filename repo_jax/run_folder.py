@@ -108,7 +108,7 @@ def identity(setup: Setup) -> dict:
         "data": {"train": setup.train.key, "held_out": setup.held_out and setup.held_out.key},
         # A checkpoint of adapters holds them alone: what they lie over must stay what it was.
         "base": {"weights": fingerprint(setup.pretrained.files.weights)},
-    }
+    } | ({} if setup.reference is None else {"reference": {"weights": fingerprint(setup.reference.files.weights)}})
 
 
 # Where a host keeps what it has worked out is its own affair.

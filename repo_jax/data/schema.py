@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -80,6 +80,9 @@ class PairTokens(NamedTuple):
     chosen_mask: np.ndarray  # bool, one per token of the branch: True is scored
     rejected_mask: np.ndarray
     weights: tuple[np.ndarray, np.ndarray] | None = None  # float32, one per scored token of each; None: all are 1
+    columns: Mapping[str, float | tuple[float, float]] = {}  # of the data, that the loss asks for
+    reference_2: np.ndarray | None = None  # float32: log-probs under the reference model, summed with the weights
+    groups: Mapping[str, "PairTokens"] = {}  # further sequences that the loss asks for
 
     @property
     def branches(self) -> tuple[np.ndarray, np.ndarray]:

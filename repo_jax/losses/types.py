@@ -21,6 +21,7 @@ class PairLogps(NamedTuple):
     reference_B2: jax.Array | None = None  # the same sums under the reference model, where the loss asks for one
     columns: Mapping[str, jax.Array] = {}  # of the data, float32: [B], or [B, 2] with one number for each answer
     terms: Mapping[str, jax.Array] = {}  # [B, 2]: per-position vocabulary reductions, summed over the scored tokens
+    groups: Mapping[str, "PairLogps"] = {}  # further sequences that belong to the pairs, in the same order
 
     @property
     def there_B2(self) -> jax.Array:
