@@ -219,6 +219,10 @@ def describe(setup: Setup) -> str:
     lines = [
         f"{recipe.loss['loss_type']} ({objective}) on {recipe.model.model_name_or_path}, in {recipe.model.compute_dtype}"
     ]
+    if setup.loss.reference:
+        lines.append(
+            f"compared with {recipe.model.reference_model_name_or_path or recipe.model.model_name_or_path + ' as it is'}"
+        )
     if recipe.model.use_peft:
         trained, whole = (
             sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (setup.trained_shapes, param_shapes(setup.cfg))
@@ -228,7 +232,8 @@ def describe(setup: Setup) -> str:
         )
     for name, store in (("training", setup.train), ("held-out", setup.held_out)):
         if store is not None:
-            lines.append(f"{name}: {len(store)} pairs of {store.name} ({store.schema})")
+            kind = "rows" if store.unpaired else "pairs"
+            lines.append(f"{name}: {len(store)} {kind} of {store.name} ({store.schema})")
             lines += [f"  {line}" for line in store.counts()]
     data, usual = recipe.data, DataSection()
     options = [f"{name} {getattr(data, name)}" for name in TOKEN_OPTIONS if getattr(data, name) != getattr(usual, name)]

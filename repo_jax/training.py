@@ -208,12 +208,13 @@ def _tell(setup: Setup, place: RunFolder, results: dict | None, difference: floa
     folder, margins = place.here, None
     if results is not None:
         margins = tuple(np.load(folder / f"margins_{when}.npy") for when in ("before", "after"))
+        margins = margins if len(margins[0]) else None  # rows with one answer have none
     report = write_report(
         folder,
         metrics=read_metrics(folder / "metrics.jsonl"),
         margins=margins,
         results=results,
-        gamma=setup.hparams.get("gamma"),
+        gamma=None if setup.loss.reference else setup.hparams.get("gamma"),
         about=describe(setup).splitlines(),
     )
     place.keep(last=True)
