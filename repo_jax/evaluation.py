@@ -24,6 +24,7 @@ GROUP = 256  # pairs that are packed together
 class Evaluation(NamedTuple):
     metrics: dict[str, float]  # preference_metrics over all pairs
     margins_B: np.ndarray  # mean-token margin of every pair that has both answers, in the order of the file
+    pairs: int
 
 
 def score_pairs(scorer: Scorer, variables: dict, pairs: Sequence[PairTokens]) -> PairLogps:
@@ -43,7 +44,7 @@ def evaluate_pairs(
     scored = score_pairs(scorer, variables, pairs)
     metrics = scorer.weigh(scored, loss_state, np.float32(progress)).metrics
     both_B = np.asarray(scored.there_B2).all(axis=1)
-    return Evaluation(as_numbers(metrics), np.asarray(scored.mean_margin_B)[both_B])
+    return Evaluation(as_numbers(metrics), np.asarray(scored.mean_margin_B)[both_B], len(both_B))
 
 
 def evaluate(recipe: Recipe) -> dict[str, float | str]:
@@ -75,7 +76,7 @@ def _aside(text: str) -> None:
 
 def summarize(evaluation: Evaluation) -> dict[str, float]:
     """The metrics with the mean margin, which no beta scales; of unpaired rows the difference of the means."""
-    metrics, margins_B = evaluation
+    metrics, margins_B, _ = evaluation
     sides = [metrics[name] for name in ("logps/chosen", "logps/rejected") if name in metrics]
     if len(margins_B):
         return metrics | {"mean_margin": float(margins_B.mean())}

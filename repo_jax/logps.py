@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from repo_jax.data.rows import RowBatch
-from repo_jax.losses import PairLogps
+from repo_jax.losses import Loss, PairLogps
 from repo_jax.models.attention import MASKED, soften
 from repo_jax.models.decoder import Decoder, output_head
 from repo_jax.sharding import BATCH, constrain
@@ -88,6 +88,11 @@ def predicting(model: Decoder, variables: dict, batch: RowBatch, dropout=None):
         )
     # Not a shift by one: a prompt's last slot predicts two tokens, the first of each answer.
     return jnp.take_along_axis(hidden_RTD, batch.sources_RS[..., None], axis=1)
+
+
+def is_live(loss: Loss) -> bool:
+    """Whether the reference model has to run beside the one that is trained."""
+    return any(TERMS[name].live for name in loss.terms)
 
 
 def reference_of(model: Decoder, variables: dict, batch: RowBatch, terms) -> tuple[jax.Array, "Head"] | None:
@@ -255,11 +260,9 @@ def _logps(logits_XV, targets_X):
     return target_X - lse_X, lse_X
 
 
-def _reference_logps(plan: Plan, reference: tuple, x_XD):
+def _reference_logps(plan: Plan, head_VD, x_XD: Sequence):
     """Of the same tokens, all of the vocabulary; None where no term wants them."""
-    if not reference:
-        return None
-    return jax.nn.log_softmax(_logits(plan.softmax, x_XD[0], reference)[0], axis=-1)
+    return None if head_VD is None else jax.nn.log_softmax(_logits(plan.softmax, x_XD[0], head_VD)[0], axis=-1)
 
 
 def _terms(plan: Plan, logits_XV, lse_X, reference_XV) -> list:

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from repo_jax.config import Recipe
 from repo_jax.data.rows import Known, RowBatch, RowShape
+from repo_jax.logps import is_live
 from repo_jax.losses import make_loss
 from repo_jax.memory import held_in_training
 from repo_jax.models.config import DecoderConfig
@@ -55,7 +56,10 @@ class Held:
         self.shapes = state_shapes(trained, self.optimizer, loss)
         self.shardings: TrainState = state_shardings(self.shapes, self.optimizer, mesh)
         self.frozen = None if frozen is None else sharded(frozen, param_shardings(frozen, mesh))
-        self.bytes = held_in_training(self.shapes, self.shardings, self.frozen)
+        whole = sharded(param_shapes(cfg, recipe.model.param_dtype), param_shardings(param_shapes(cfg), mesh))
+        self.live = {"params": whole if self.frozen is None else self.frozen} if is_live(loss) else None
+        beside = None if self.live is None or self.frozen is not None else whole
+        self.bytes = held_in_training(self.shapes, self.shardings, self.frozen, beside)
 
 
 class Programs:
@@ -71,6 +75,7 @@ class Programs:
         self.cfg, self.mesh, self.model = cfg, mesh, decoder(recipe.model, cfg, mesh)
         self.loss = loss
         self.optimizer, self.shardings, self.held, self.frozen = held.optimizer, held.shardings, held.bytes, held.frozen
+        self.live = held.live
         self.everywhere = NamedSharding(mesh, P())
         self.state = sharded(held.shapes, held.shardings)
         self.hparams = {name: self._whole((), jnp.float32) for name in hparams}
@@ -107,7 +112,7 @@ class Programs:
     def beside(self, name: str) -> int:
         """Bytes that a device holds while the program runs and that are none of its arguments."""
         # The optimizer sees no frozen parameters, and every other program no moments.
-        kinds = ("frozen parameters",) if name == "update" else ("moments",)
+        kinds = ("frozen parameters", "reference parameters") if name == "update" else ("moments",)
         return sum(self.held.get(kind, 0) for kind in kinds)
 
     @property
@@ -118,19 +123,19 @@ class Programs:
 
     def score(self):
         fn = functools.partial(score, model=self.model, terms=self.loss.terms)
-        return fn, (self.pairs, variables_of(self.state.params, self.frozen), self.batch), self.everywhere
+        return fn, (self.pairs, variables_of(self.state.params, self.frozen, self.live), self.batch), self.everywhere
 
     def add_direct(self):
         fn = functools.partial(add_direct, model=self.model, loss=self.loss)
         gathered = Gathered(self.grads, self.pairs)
         progress = self._whole((), jnp.float32)
         of_pairs = self.batch, self.known, self.hparams, progress
-        args = (gathered, self.state.params, self.frozen, *of_pairs, self.dropout)
+        args = (gathered, self.state.params, self.frozen, self.live, *of_pairs, self.dropout)
         return fn, args, Gathered(self.shardings.params, self.everywhere)
 
     def add_weighted(self):
         fn = functools.partial(add_weighted, model=self.model)
-        args = (self.grads, self.state.params, self.frozen, self.batch, self.slopes)
+        args = (self.grads, self.state.params, self.frozen, self.live, self.batch, self.slopes)
         return fn, args, self.shardings.params
 
     def update(self):

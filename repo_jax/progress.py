@@ -215,7 +215,10 @@ class Log:
 def describe(setup: Setup) -> str:
     """What a run is, in a few lines."""
     recipe = setup.recipe
-    objective = ", ".join(f"{name} {value:g}" for name, value in setup.hparams.items())
+    chosen = {name: recipe.loss.get(name, value) for name, value in setup.hparams.items()}
+    objective = ", ".join(
+        f"{name} {value if isinstance(value, str) else f'{value:g}'}" for name, value in chosen.items()
+    )
     lines = [
         f"{recipe.loss['loss_type']} ({objective}) on {recipe.model.model_name_or_path}, in {recipe.model.compute_dtype}"
     ]

@@ -20,9 +20,11 @@ class TrainState(NamedTuple):
     loss_state: Any = ()  # the loss's running state, () where it has none; evaluation leaves it as it is
 
 
-def variables_of(params: dict, frozen: dict | None) -> dict:
-    """What the decoder is applied to: the parameters that are trained, or frozen ones under the adapters that are."""
-    return {"params": params} if frozen is None else {"params": frozen, "lora": params}
+def variables_of(params: dict, frozen: dict | None, live: dict | None = None) -> dict:
+    """What the decoder is applied to: the parameters that are trained, or frozen ones under the adapters that are; beside them `live`,
+    the variables of a reference model that runs along."""
+    variables = {"params": params} if frozen is None else {"params": frozen, "lora": params}
+    return variables if live is None else variables | {"reference": live}
 
 
 def initial_loss_state(loss: Loss | None) -> Any:

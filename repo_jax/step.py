@@ -153,6 +153,7 @@ def add_direct(
     gathered: Gathered,
     params: dict,
     frozen: dict | None,
+    live: dict | None,
     batch: RowBatch,
     known: Known,
     hparams: dict,
@@ -165,7 +166,7 @@ def add_direct(
     """Forward and backward of the loss over the pairs of this batch, as their part of the mean over the global batch."""
 
     def objective(params):
-        scored = pair_logps(model, variables_of(params, frozen), batch, dropout=dropout, terms=loss.terms)
+        scored = pair_logps(model, variables_of(params, frozen, live), batch, dropout=dropout, terms=loss.terms)
         pairs = join(scored, known)
         here_B2 = pairs.there_B2 & batch.filled_B[:, None]
         out = evaluate(loss, quiet(pairs, here_B2), hparams, None, progress, training=True)
@@ -177,12 +178,19 @@ def add_direct(
 
 
 def add_weighted(
-    grads: dict, params: dict, frozen: dict | None, batch: RowBatch, slopes: Slopes, *, model: Decoder
+    grads: dict,
+    params: dict,
+    frozen: dict | None,
+    live: dict | None,
+    batch: RowBatch,
+    slopes: Slopes,
+    *,
+    model: Decoder,
 ) -> dict:
     """Backward of a log-likelihood weighted by constant slopes: the chain rule's second half."""
 
     def objective(params):
-        return weighted_logps(model, variables_of(params, frozen), batch, *slopes)
+        return weighted_logps(model, variables_of(params, frozen, live), batch, *slopes)
 
     with exact_matmuls(model.dtype):
         return add(grads, jax.grad(objective)(params))
@@ -303,7 +311,8 @@ class TrainStep:
     while the running share of tokens with a gradient, as of the update before last, is below `two_pass_below`: that number is
     there without waiting for an update that runs, and it is part of the state, so that runs and hosts never disagree.
 
-    `frozen` are the parameters under the adapters that are trained, None where all parameters are. `seed` decides what the
+    `frozen` are the parameters under the adapters that are trained, None where all parameters are; `live` are the variables of a reference
+    model that runs along, for terms that want its distribution. `seed` decides what the
     adapters' dropout drops, which depends also on the update and on how pairs lie in rows. `total_steps` is what progress is a share of.
 
     Losses that only two passes are exact for (takes_two_passes) take two passes in mode auto too.
@@ -320,11 +329,12 @@ class TrainStep:
         mode: str,
         two_pass_below: float | None = None,
         frozen: dict | None = None,
+        live: dict | None = None,
         seed: int = 0,
         total_steps: int = 1,
     ):
         everywhere = NamedSharding(scorer.mesh, P())
-        self._frozen, self._shardings = frozen, shardings
+        self._frozen, self._live, self._shardings = frozen, live, shardings
         self._below = break_even(model.remat, adapters=frozen is not None) if two_pass_below is None else two_pass_below
         self._dropout = jax.device_put(jax.random.key(seed), everywhere) if model.lora_dropout else None
         self._fold = jax.jit(jax.random.fold_in, out_shardings=everywhere)
@@ -410,20 +420,22 @@ class TrainStep:
         for i, batch in enumerate(rows):
             key = None if dropout is None else self._fold(dropout, i)
             batch = place(batch, scorer.mesh)
-            gathered = self._add_direct(*(gathered, params, self._frozen, batch, known, scorer.hparams, progress, key))
+            gathered = self._add_direct(
+                *(gathered, params, self._frozen, self._live, batch, known, scorer.hparams, progress, key)
+            )
         pairs = scorer.join(gathered.pairs, known)
         return gathered.grads, scorer.weigh(pairs, loss_state, progress, training=True)
 
     def _two_pass(self, params: dict, every: list[PairTokens], rows: list[RowBatch], progress, loss_state):
         scorer = self._scorer
-        pairs = scorer(variables_of(params, self._frozen), rows)
+        pairs = scorer(variables_of(params, self._frozen, self._live), rows)
         weighed = scorer.weigh(pairs, loss_state, progress, training=True)
         # The one wait of this form: which answers to push back decides which rows there are, the same on all hosts.
         slopes = from_primary(jax.tree.map(np.asarray, jax.device_get(weighed.slopes)))
         wanted_B2 = np.any([slopes_B2 != 0 for slopes_B2 in jax.tree.leaves(slopes)], axis=0)
         grads = self._zeros(params)
         for batch in row_batches(every, scorer.shapes, wanted_B2=wanted_B2):
-            grads = self._add_weighted(grads, params, self._frozen, place(batch, scorer.mesh), slopes)
+            grads = self._add_weighted(*(grads, params, self._frozen, self._live, place(batch, scorer.mesh), slopes))
         return grads, weighed
 
     def form(self, state: TrainState) -> str:

@@ -15,7 +15,7 @@ from examples import TINY, one_device, pair_of, random_pairs, random_params
 from repo_jax.data.rows import RowShape, known_of, row_batches
 from repo_jax.logps import pair_logps
 from repo_jax.losses import LOSSES, Loss, LossOut, PairLogps, hyperparameters, make_loss
-from repo_jax.models.decoder import Decoder, param_shapes
+from repo_jax.models.decoder import Decoder, output_head, param_shapes
 from repo_jax.sharding import make_mesh, param_shardings
 from repo_jax.state import initial_loss_state, initial_state, state_shapes, state_shardings
 from repo_jax.step import Scorer, TrainStep, evaluate, join, mean_of, quiet, sequences, takes_two_passes, weigh
@@ -69,6 +69,13 @@ def peaked(pairs, *, scale=0.5):
     return jax.nn.softplus(-pairs.mean_margin_B) + scale * (pairs.terms["log_sum_p2"] / pairs.lengths_B2).sum(axis=1)
 
 
+def token_level(pairs, *, beta=0.1, alpha=0.5):
+    """TDPO2's form: token-level divergences from the whole distributions of a reference model that runs along."""
+    kl_B2 = pairs.terms["kl_reference"]
+    margin_B = pairs.ratio_margin_B - alpha * (kl_B2[:, 1] - jax.lax.stop_gradient(kl_B2[:, 0]))
+    return jax.nn.softplus(-beta * margin_B)
+
+
 def from_mismatched(pairs, *, beta=0.1):
     kl = pairs.groups["kl"]
     shift = jnp.sum(kl.ratios_B2, where=kl.there_B2) / jnp.maximum(kl.there_B2.sum(), 1)
@@ -89,6 +96,7 @@ OWN = {
     "token_mean_sft": Loss(token_mean_sft),
     "scheduled": Loss(scheduled),
     "peaked": Loss(peaked, terms=("log_sum_p2",)),
+    "token_level": Loss(token_level, reference=True, terms=("kl_reference",)),
     "from_mismatched": Loss(from_mismatched, reference=True, groups=("kl",), layout="answers"),
     "with_rationale": Loss(with_rationale, groups=("rationale",)),
 }
@@ -135,7 +143,10 @@ def base(axes, rows):
     model, optimizer, params = Decoder(TINY, jnp.float32), optax.sgd(0.05), random_params(TINY)
     shardings = state_shardings(state_shapes(param_shapes(TINY), optimizer), optimizer, mesh)
     scorer = Scorer(model, *make_loss("repo"), mesh, [RowShape(rows, 64, 48)])
-    step = TrainStep(scorer, model, scorer.loss, optimizer, shardings, mode="auto", total_steps=10)
+    # A reference model that is near, but another.
+    other = jax.tree.map(lambda leaf, noise: leaf + 0.1 * noise, params, random_params(TINY, seed=1))
+    live = {"params": jax.device_put(other, param_shardings(other, mesh))}
+    step = TrainStep(scorer, model, scorer.loss, optimizer, shardings, mode="auto", total_steps=10, live=live)
     return scorer, step, jax.device_put(params, param_shardings(params, mesh)), optimizer, shardings
 
 
@@ -214,7 +225,7 @@ def test_eight_devices_equal_one(name):
     assert_same(gradient(name, form="two_pass", axes=(2, 2, 2), rows=12), gradient(name, form="two_pass"), "two_pass")
 
 
-@pytest.mark.parametrize("name", ["dpo", "peaked", *SLOW])
+@pytest.mark.parametrize("name", ["dpo", "token_level", *SLOW])
 def test_eight_devices_equal_one_in_direct_form_too(name):
     if not takes_two_passes(made(name)[0]):
         assert_same(gradient(name, form="direct", axes=(1, 8, 1), rows=8), gradient(name, form="two_pass"), "direct")
@@ -306,6 +317,38 @@ def test_a_rationale_counts_in_value_and_gradient():
     step, params = step_for("with_rationale")
     value, grads = jax.value_and_grad(objective)(params)
     ours, metrics = step.mean_grads(params, pairs)
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
+    assert np.linalg.norm(flat(ours) - flat(grads)) <= 1e-5 * np.linalg.norm(flat(grads))
+
+
+def test_a_divergence_from_a_reference_that_runs_along_counts_in_value_and_gradient():
+    """Against one plain jax.grad with all logits of one padded row per pair."""
+    _, step, params, *_ = base((1, 1, 1), 12)
+    pairs, model, live = pairs_for("token_level"), Decoder(TINY, jnp.float32), step._live
+    [batch] = row_batches(pairs, RowShape(12, 64, 48))
+
+    def logps(variables):
+        places = batch.tokens_RT, batch.positions_RT, batch.segments_RT, batch.prompts_RT
+        hidden_RTD = model.apply(variables, *places)
+        head_VD = output_head(variables["params"])[: TINY.V]
+        source_RSD = jnp.take_along_axis(hidden_RTD, batch.sources_RS[..., None], axis=1)
+        return jax.nn.log_softmax(source_RSD @ head_VD.T)
+
+    @jax.jit
+    def objective(params):
+        ours, theirs = logps({"params": params}), logps(live)
+        kl_RS = (jnp.exp(theirs) * (theirs - ours)).sum(axis=-1)
+        picked_RS = jnp.take_along_axis(ours, batch.targets_RS[..., None], axis=-1)[..., 0]
+        summed = [
+            jax.ops.segment_sum(x.ravel(), batch.answers_RS.ravel(), 2 * B).reshape(B, 2) for x in (picked_RS, kl_RS)
+        ]
+        scored = PairLogps(
+            summed[0], batch.known.lengths_B2, batch.known.reference_B2, terms={"kl_reference": summed[1]}
+        )
+        return token_level(scored).mean()
+
+    value, grads = jax.value_and_grad(objective)(params)
+    ours, metrics = step_for("token_level")[0].mean_grads(params, pairs, form="two_pass")
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
     assert np.linalg.norm(flat(ours) - flat(grads)) <= 1e-5 * np.linalg.norm(flat(grads))
 

@@ -182,11 +182,11 @@ def test_float32_is_exact_in_every_product_forward_and_backward(attention, form)
     [batch] = row_batches(random_pairs(4, V=TINY.V), RowShape(2, 128, 128, 128))
     zeros, (loss, hparams) = jax.tree.map(jnp.zeros_like, params), make_loss("repo")
     if form == "direct":
-        args = (Gathered(zeros, no_pairs(4)), params, None, batch, batch.known, hparams, 0.0, None)
+        args = (Gathered(zeros, no_pairs(4)), params, None, None, batch, batch.known, hparams, 0.0, None)
         program = jax.make_jaxpr(functools.partial(add_direct, model=model, loss=loss))(*args)
     else:
         program = jax.make_jaxpr(functools.partial(add_weighted, model=model))(
-            zeros, params, None, batch, Slopes(jnp.ones((4, 2)), {})
+            zeros, params, None, None, batch, Slopes(jnp.ones((4, 2)), {})
         )
     products = [one for one in equations_of(program.jaxpr) if one.primitive.name == "dot_general"]
     assert len(products) > 20
