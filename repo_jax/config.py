@@ -419,7 +419,7 @@ def _unknown(loc: tuple) -> str:
     *parents, name = (str(part) for part in loc)
     from repo_jax.losses import LOSSES, hyperparameters
 
-    of_losses = ["loss_type", *(name for loss in LOSSES.values() for name in hyperparameters(loss))]
+    of_losses = ["loss_type", "gamma_quantile", *(name for loss in LOSSES.values() for name in hyperparameters(loss))]
     leaves = {name: ("loss", None) for name in of_losses} | leaf_fields()
     if not parents:
         home = f"; write it as {leaves[name][0]}.{name}" if name in leaves else _nearest(name, SECTIONS)

@@ -3,17 +3,19 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
+import textwrap
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from examples import STORIES, short_pairs
+from examples import ROOT, STORIES, short_pairs
 
 from repo_jax import reference
-from repo_jax.config import to_recipe
+from repo_jax.config import dump_recipe, load_recipe, to_recipe
 from repo_jax.data.groups import Mismatched
 from repo_jax.data.schema import DamagedStoreError
 from repo_jax.losses import Loss
@@ -227,3 +229,60 @@ def test_rows_with_one_answer_train(folder, tmp_path):
     results = json.loads((run / "eval_results.json").read_text())
     assert results["pairs"] == 32 and results["after"]["loss"] < results["before"]["loss"]
     assert results["after"]["rewards/margins"] > 0 and (run / "report.md").exists()
+
+
+def test_the_objective_in_the_readme_trains(folder, tmp_path, monkeypatch):
+    block = re.search(
+        r"\n    import jax, repo_jax\n.*?loss=my_loss\n", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    code = textwrap.dedent(block[0])
+    recipe = recipe_in(folder, None, {"output_dir": str(tmp_path / "run")}, {"max_steps": 1})
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(dataclasses.replace(recipe, loss={})), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    logged = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert logged[0]["loss"] == pytest.approx(math.log1p(math.exp(0.5)), abs=1e-5)
+    assert "my_loss (beta 0.2, target 0.5)" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_gamma_comes_from_the_first_margins_and_stays(folder, tmp_path, capsys):
+    run = tmp_path / "run"
+    recipe = recipe_in(folder, None, {"output_dir": str(run)}, {"learning_rate": 1e-3})
+    recipe = dataclasses.replace(recipe, loss={"gamma": "auto", "gamma_quantile": 0.75})
+    setup = set_up(recipe, training=True)
+    margins = scored(setup, setup.train) / [
+        [mask.sum() for mask in setup.train[i].masks] for i in range(len(setup.train))
+    ]
+    wanted = np.quantile(margins[:, 0] - margins[:, 1], 0.75)
+    train(recipe)
+    assert f"gamma is {wanted:.4g}, which 75% of 32 training pairs have not reached yet" in capsys.readouterr().out
+    loss = load_recipe(run / "recipe.yaml").loss
+    assert loss == {"loss_type": "repo", "gamma": pytest.approx(wanted, abs=1e-5), "gamma_quantile": 0.75}
+    first = read_metrics(run / "metrics.jsonl")
+    for name in ("checkpoint-3", "hf"):
+        shutil.rmtree(run / name)
+    train(recipe)
+    assert "gamma is" not in capsys.readouterr().out  # of weights that have been trained it would be another
+    assert load_recipe(run / "recipe.yaml").loss == loss
+    assert read_metrics(run / "metrics.jsonl")[2]["loss"] == pytest.approx(first[2]["loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "loss, message",
+    [
+        (
+            {"gamma": 0.5, "gamma_quantile": 0.5},
+            "gamma_quantile=0.5 but gamma is not auto, so that nothing would read it; leave it out",
+        ),
+        ({"gamma": "auto", "gamma_quantile": 2}, "gamma_quantile=2 must be a number from 0 to 1"),
+    ],
+    ids=str,
+)
+def test_gamma_auto_is_answered_where_it_cannot_be(folder, loss, message):
+    with pytest.raises(ValueError) as refused:
+        set_up(dataclasses.replace(recipe_in(folder), loss=loss), training=True)
+    assert str(refused.value) == message
+    with pytest.raises(ValueError, match="found out by training; give the number that the run's recipe"):
+        set_up(dataclasses.replace(recipe_in(folder), loss={"gamma": "auto"}), training=False)
+    with pytest.raises(ValueError, match="gamma=auto but loss 'dpo' has no hyperparameter 'gamma'"):
+        set_up(dataclasses.replace(recipe_in(folder), loss={"gamma": "auto"}), training=True, loss=DPO)
