@@ -113,7 +113,7 @@ class Sweep:
 
     def __call__(self, name: str) -> dict:
         began, (loss, hparams) = time.perf_counter(), make_loss(name)
-        options = tuple(getattr(loss, "data", ()))
+        options = tuple(loss.data)
         scorer = self._scorer.of(loss, hparams)
         step, every = self._step.of(scorer, "two_pass"), self.pairs(loss, options, swapped=False)
         params, state = self._train(step, loss, every)
@@ -171,7 +171,7 @@ def given(pair: PairTokens, loss: Loss, i: int) -> PairTokens:
     high, low = rng.uniform(0.6, 0.9), rng.uniform(0.1, 0.4)
     numbers |= {"score_chosen": high, "score_rejected": low}
     columns = {name: numbers.get(name, 0.5) for name in loss.columns}
-    columns |= {name: (high, low) for name in getattr(loss, "answer_columns", ())}
+    columns |= {name: (high, low) for name in loss.answer_columns}
     stand_ins = {
         "rationale": pair._replace(rejected=pair.rejected[:0], rejected_mask=pair.rejected_mask[:0], weights=None)
     }

@@ -294,6 +294,12 @@ def _with_needs(store: TokenStore, name: str, loss: Loss, data: DataSection) -> 
         )
     for column in loss.columns:
         _check_column(store, column, f"loss '{name}' needs the column '{column}'")
+    for k, side in enumerate(("chosen", "rejected")):
+        there = store.lengths[:, 1 + k] > 0
+        for column in loss.answer_columns if there.any() else ():
+            _check_column(store, f"{column}_{side}", f"loss '{name}' needs the column '{column}_{side}'", there)
+    if unset := [option for option in loss.data if getattr(data, option) in (None, False)]:
+        raise ValueError(f"loss '{name}' needs {unset[0]}, which is not set; set it in the data section")
     if loss.reference:
         _check_own_reference(store, data)
     for group in loss.groups:
@@ -301,15 +307,17 @@ def _with_needs(store: TokenStore, name: str, loss: Loss, data: DataSection) -> 
             raise ValueError(
                 f"loss '{name}' needs '{group}' sequences, which no data brings; there are {', '.join(GROUPS)}"
             )
-    return store.serving(columns=loss.columns, groups={group: GROUPS[group](store) for group in loss.groups})
+    columns = *loss.columns, *loss.answer_columns
+    return store.serving(columns=columns, groups={group: GROUPS[group](store) for group in loss.groups})
 
 
-def _check_column(store: TokenStore, column: str, needs: str) -> None:
+def _check_column(store: TokenStore, column: str, needs: str, there_B: np.ndarray | None = None) -> None:
+    """`there_B`: the pairs that must have it; None: all."""
     values = store.columns.get(column)
     if values is None:
         has = f"it has {', '.join(sorted(store.columns))}" if store.columns else "it has no such numbers"
         raise ValueError(f"{needs}, which '{store.name}' does not have ({has}); add it, or choose another loss")
-    without = np.flatnonzero(np.isnan(values))
+    without = np.flatnonzero(np.isnan(values) if there_B is None else np.isnan(values) & there_B)
     if len(without):
         raise ValueError(
             f"{needs}, which {len(without)} of the {len(values)} pairs of '{store.name}' lack (the first: {store.plain(int(without[0])).id}); "

@@ -82,6 +82,7 @@ class Programs:
         one_B2 = self._whole((B, 2), jnp.float32)
         self.slopes = Slopes(one_B2, {name: one_B2 for name in loss.terms})
         columns = {name: self._whole((B,), jnp.float32) for name in loss.columns}
+        columns |= {name: one_B2 for name in loss.answer_columns}
         self.known = Known(one_B2, one_B2 if loss.reference else None, columns)
         self.pairs = self._everywhere(jax.eval_shape(lambda: no_pairs(B, loss.terms)))
         self.dropout = self._everywhere(jax.eval_shape(lambda: jax.random.key(0))) if self.model.lora_dropout else None

@@ -9,6 +9,7 @@ from examples import ASSETS, STORIES, TINY
 
 from repo_jax import hardware, preparation
 from repo_jax.config import ModelSection, to_recipe
+from repo_jax.data.rows import known_of
 from repo_jax.losses import Loss
 from repo_jax.models.config import DecoderConfig
 from repo_jax.models.lora import adapter_shapes, save_adapter
@@ -219,6 +220,22 @@ def test_columns_that_are_missing_stop_at_the_start(tmp_path, rows):
         f"loss 'mine' needs the column 'margin', which 2 of the 4 pairs of '{path}' lack (the first: row 1); "
         "add it there, or leave these rows out"
     )
+
+
+def test_columns_of_answers_are_two_numbers_for_each_pair(tmp_path, rows):
+    loss = own(answer_columns=("score",), data=("use_poet",))
+    path = rows(*({"score_chosen": i / 4, "score_rejected": -i} for i in range(4)))
+    with pytest.raises(ValueError) as refused:
+        set_up(with_data(tmp_path, path), training=True, loss=loss)
+    assert str(refused.value) == "loss 'mine' needs use_poet, which is not set; set it in the data section"
+    loss = loss._replace(data=())
+    setup = set_up(with_data(tmp_path, path), training=True, loss=loss)
+    assert [setup.train[i].columns for i in range(4)] == [{"score": (i / 4, -i)} for i in range(4)]
+    known = known_of([setup.train[i] for i in range(4)], 4)
+    assert known.columns["score"].tolist() == [[i / 4, -i] for i in range(4)]
+    path = rows(*({"score_chosen": 1} for _ in range(4)))
+    with pytest.raises(ValueError, match=r"needs the column 'score_rejected', which .* does not have"):
+        set_up(with_data(tmp_path, path), training=True, loss=loss)
 
 
 @pytest.mark.parametrize(

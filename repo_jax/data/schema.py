@@ -25,12 +25,18 @@ TEXT, LIST, NULL = "text", "list of objects", "null"  # what a column holds, whe
 
 MOST = sys.float_info.max
 FINITE = (-MOST, MOST, "a finite number")
-COLUMNS = {  # the optional columns that are kept: least value, greatest value, and these in words
+COLUMNS = {  # the optional columns that are kept: least value, greatest value, and these in words; NAME_chosen, NAME_rejected: of answers
     "score_chosen": FINITE,
     "score_rejected": FINITE,
     "margin": FINITE,
     "label_prob": (0, 1, "a number from 0 to 1"),
     "weight": (0, MOST, "a finite number, 0 or more"),
+    "win_probability_chosen": (0, 1, "a number from 0 to 1"),
+    "win_probability_rejected": (0, 1, "a number from 0 to 1"),
+    "previous_logps_chosen": FINITE,
+    "previous_logps_rejected": FINITE,
+    "uncertainty_chosen": (0, MOST, "a finite number, 0 or more"),
+    "uncertainty_rejected": (0, MOST, "a finite number, 0 or more"),
     "ref_chosen_logps": FINITE,
     "ref_rejected_logps": FINITE,
     "ref_logps": FINITE,

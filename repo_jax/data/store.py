@@ -24,7 +24,7 @@ from repo_jax.data.chat import PairTokenizer, Tokenized, TokenOptions
 from repo_jax.data.schema import DamagedStoreError, Fault, PairTokens, PreferenceExample, read_examples
 from repo_jax.data.sources import Source
 
-FORMAT = "2.0.0"  # raise it when what is stored changes
+FORMAT = "2.1.0"  # raise it when what is stored changes
 NAMED = 5  # how many rows of each kind are kept by id
 WARN = 0.01  # the share of rows above which what is counted is also warned about
 CHUNK = 256  # rows that are tokenized together
@@ -73,10 +73,17 @@ class Pairs(Sequence):
     def __getitem__(self, i: int) -> PairTokens:
         pair = self.plain(i)
         return pair._replace(
-            columns={name: float(self.columns[name][i]) for name in self._asked},
+            columns={name: self._column(name, i) for name in self._asked},
             reference_2=None if self._reference is None else self._reference(i, pair),
             groups={name: pairs[i] for name, pairs in self._groups.items()},
         )
+
+    def _column(self, name: str, i: int) -> float | tuple[float, float]:
+        """Of pair i; one number for each answer where the data have NAME_chosen and NAME_rejected, 0 for an answer that is not there."""
+        if name in self.columns:
+            return float(self.columns[name][i])
+        sides = (self.columns.get(f"{name}_{side}") for side in ("chosen", "rejected"))
+        return tuple(0.0 if values is None or np.isnan(values[i]) else float(values[i]) for values in sides)
 
     def plain(self, i: int) -> PairTokens:
         """Pair i without any of that."""

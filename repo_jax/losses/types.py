@@ -66,9 +66,11 @@ class Loss(NamedTuple):
 
     fn: Callable[..., jax.Array | LossOut]
     reference: bool = False  # it compares with a reference model
-    columns: tuple[str, ...] = ()  # of the data that it needs
+    columns: tuple[str, ...] = ()  # of the data that it needs, one number for each pair
+    answer_columns: tuple[str, ...] = ()  # likewise, one number for each answer
     terms: tuple[str, ...] = ()  # vocabulary reductions that it needs (logps.TERMS)
     groups: tuple[str, ...] = ()  # further sequences that it needs, scored beside the pairs
+    data: tuple[str, ...] = ()  # options of the data section that have to be set
     coupled: bool = False  # the value of a pair depends on other pairs of the batch, or on a running state
     initial_state: Callable[[], Any] | None = None
     layout: Literal["pairs", "answers"] = "pairs"  # answers: rows with one answer and a label will do
