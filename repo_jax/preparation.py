@@ -211,7 +211,7 @@ def set_up(
         raise ValueError(
             f"eval_steps={recipe.run.eval_steps} but there are no held-out pairs; give eval_dataset_name, or leave eval_steps out"
         )
-    train, held_out = (store and _with_needs(store, name, loss, recipe.data) for store in (train, held_out))
+    train, held_out = (store and _with_needs(store, name, loss, recipe.data, tokenizer) for store in (train, held_out))
     given = [one for one in (train, held_out) if one is not None]
     reference = _reference(recipe, name, loss, cfg, tokenizer, given, training=training)
     mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor)
@@ -286,7 +286,7 @@ def own_loss(loss: Loss | Callable, given: dict) -> tuple[Loss, dict[str, float]
     return loss, accepted | {key: float(value) for key, value in given.items() if key != "loss_type"}
 
 
-def _with_needs(store: TokenStore, name: str, loss: Loss, data: DataSection) -> TokenStore:
+def _with_needs(store: TokenStore, name: str, loss: Loss, data: DataSection, tokenizer) -> TokenStore:
     """The store serving what the loss needs of the data. Raises ValueError where the data lack it."""
     if store.unpaired and loss.layout == "pairs":
         raise ValueError(
@@ -308,7 +308,7 @@ def _with_needs(store: TokenStore, name: str, loss: Loss, data: DataSection) -> 
                 f"loss '{name}' needs '{group}' sequences, which no data brings; there are {', '.join(GROUPS)}"
             )
     columns = *loss.columns, *loss.answer_columns
-    return store.serving(columns=columns, groups={group: GROUPS[group](store) for group in loss.groups})
+    return store.serving(columns=columns, groups={group: GROUPS[group](store, tokenizer) for group in loss.groups})
 
 
 def _check_column(store: TokenStore, column: str, needs: str, there_B: np.ndarray | None = None) -> None:
@@ -427,6 +427,8 @@ def _row_shapes(
     recipe: Recipe, cfg: DecoderConfig, stores: list[TokenStore], mesh: Mesh, *, sequences: int
 ) -> tuple[RowShape, ...]:
     """`sequences` is how many there are for each pair, itself included."""
+    # Sequences that bring no lengths are no longer than the pairs.
+    stores = stores + [group for store in stores for group in store.groups.values() if hasattr(group, "lengths")]
     data, table = recipe.data, sizes_of(stores)
     shapes = suggest_shapes(
         *table,
@@ -442,8 +444,10 @@ def _row_shapes(
     for sizes, room in ((table.slots_B, T), (table.scored_B, S)):
         if sizes.max() > room:
             largest = int(sizes.argmax())
-            store = stores[0] if largest < len(stores[0]) else stores[1]
-            raise too_long(store[largest - (store is not stores[0]) * len(stores[0])], T, S)
+            for store in stores:
+                if largest < len(store):
+                    raise too_long(store[largest], T, S)
+                largest -= len(store)
     return shapes
 
 

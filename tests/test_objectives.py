@@ -294,7 +294,7 @@ def test_a_group_is_pushed_back_where_the_loss_has_a_slope_on_it_and_only_there(
         step, params = step_for(name)
         seen, original = [], step._add_weighted
         monkeypatch.setattr(
-            step, "_add_weighted", lambda *args, f=original, s=seen: s.append(args[3].filled_B) or f(*args)
+            step, "_add_weighted", lambda *args, f=original, s=seen: s.append(args[4].filled_B) or f(*args)
         )
         step.mean_grads(params, pairs_for(name))
         filled = np.any([np.asarray(one) for one in seen], axis=0).reshape(-1, 2)

@@ -281,7 +281,9 @@ def test_losses_that_mix_pairs_take_two_passes_or_stop_at_the_start(tmp_path, ro
 
 
 def test_sequences_that_no_data_bring_stop_at_the_start(tmp_path, rows):
-    with pytest.raises(ValueError, match="loss 'mine' needs 'dreams' sequences, which no data brings; there are kl"):
+    with pytest.raises(
+        ValueError, match="loss 'mine' needs 'dreams' sequences, which no data brings; there are kl, rationale"
+    ):
         set_up(with_data(tmp_path, rows()), training=True, loss=own(groups=("dreams",)))
 
 

@@ -18,7 +18,7 @@ from repo_jax import reference
 from repo_jax.config import dump_recipe, load_recipe, to_recipe
 from repo_jax.data.groups import Mismatched
 from repo_jax.data.schema import DamagedStoreError
-from repo_jax.losses import Loss
+from repo_jax.losses import Loss, LossOut
 from repo_jax.models.decoder import Decoder
 from repo_jax.preparation import set_up
 from repo_jax.reference import with_reference
@@ -147,7 +147,7 @@ def test_mismatched_sequences_have_theirs(folder):
     loss = Loss(divergence, reference=True, groups=("kl",), layout="answers")
     setup = quietly(set_up(recipe_in(folder), training=True, loss=loss))
     assert setup.recipe.optim.mode == "two_pass"
-    pairs = Mismatched(setup.train)
+    pairs = Mismatched(setup.train, None)
     for i in range(len(pairs)):
         kl = setup.train[i].groups["kl"]
         assert kl.prompt.tolist() == setup.train[i].prompt.tolist() and kl.chosen.tolist() == pairs[i].chosen.tolist()
@@ -286,3 +286,58 @@ def test_gamma_auto_is_answered_where_it_cannot_be(folder, loss, message):
         set_up(dataclasses.replace(recipe_in(folder), loss={"gamma": "auto"}), training=False)
     with pytest.raises(ValueError, match="gamma=auto but loss 'dpo' has no hyperparameter 'gamma'"):
         set_up(dataclasses.replace(recipe_in(folder), loss={"gamma": "auto"}), training=True, loss=DPO)
+
+
+def test_a_rationale_of_the_data_is_trained_on(folder, tmp_path):
+    def with_reasons(pairs, *, gamma=0.1):
+        return jax.nn.softplus(-pairs.mean_margin_B) - jax.nn.log_sigmoid(
+            gamma * pairs.groups["rationale"].logps_B2[:, 0]
+        )
+
+    loss, rows = Loss(with_reasons, groups=("rationale",)), []
+    for line in (folder / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:16]:
+        rows.append(json.loads(line) | {"rationale": "The first one is kind."})
+    file = tmp_path / "reasons.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    recipe = recipe_in(tmp_path, None, None, {"learning_rate": 1e-3, "max_steps": 2}, dataset_name=str(file))
+    setup = set_up(recipe, training=True, loss=loss)
+    pair, tokenizer = setup.train[0], setup.tokenizer
+    group = pair.groups["rationale"]
+    assert tokenizer.decode(group.chosen[:-1]).strip() == "The first one is kind." and len(group.rejected) == 0
+    before = [*pair.prompt, *pair.chosen, *pair.rejected][-512 + len(group.chosen) :]
+    assert group.prompt.tolist() == before and all(group.slots <= shape.T for shape in setup.shapes[:1])
+    train(recipe, loss=loss)
+    logged = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert logged[1]["loss"] < logged[0]["loss"]
+    del rows[3]["rationale"]
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=r"row ultrafeedback:\d+ of .* has no text as 'rationale', which the loss needs"
+    ):
+        set_up(recipe, training=True, loss=loss)
+
+
+def test_a_running_state_goes_on_from_a_checkpoint_and_evaluation_leaves_it(folder, tmp_path):
+    def counting(pairs, *, beta=0.1, state, training):
+        """Against the mean margin of all pairs seen so far."""
+        new = {"sum": state["sum"] + pairs.ratio_margin_B.sum(), "count": state["count"] + len(pairs.logps_B2)}
+        new = new if training else state
+        shift = jax.lax.stop_gradient(new["sum"] / jnp.maximum(new["count"], 1))
+        return LossOut(
+            jax.nn.softplus(beta * (shift - pairs.ratio_margin_B)), new, {"seen": new["count"], "shift": shift}
+        )
+
+    loss = Loss(counting, reference=True, coupled=True, initial_state=lambda: {"sum": 0.0, "count": 0.0})
+    run = tmp_path / "run"
+    recipe = recipe_in(folder, None, {"output_dir": str(run), "eval_steps": 2}, {"learning_rate": 1e-3, "max_steps": 4})
+    train(recipe, loss=loss)
+    first = read_metrics(run / "metrics.jsonl")
+    assert [line["seen"] for line in first] == [8, 16, 24, 32] and first[1]["eval_seen"] == 16
+    assert first[1]["eval_shift"] == first[1]["shift"] != first[3]["eval_shift"]
+    for name in ("checkpoint-4", "hf"):
+        shutil.rmtree(run / name)
+    train(recipe, loss=loss)
+    again = read_metrics(run / "metrics.jsonl")
+    assert [line["step"] for line in again] == [1, 2, 3, 4]
+    for name in ("loss", "seen", "shift", "rewards/margins"):
+        assert [line[name] for line in again] == [line[name] for line in first]

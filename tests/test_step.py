@@ -128,7 +128,7 @@ def test_two_pass_pushes_back_only_the_answers_whose_slope_is_not_zero(monkeypat
     pushed = []
     original = step._add_weighted
     monkeypatch.setattr(
-        step, "_add_weighted", lambda *args: pushed.append(np.asarray(args[3].filled_B)) or original(*args)
+        step, "_add_weighted", lambda *args: pushed.append(np.asarray(args[4].filled_B)) or original(*args)
     )
     _, metrics = step.mean_grads(params, sixteen_pairs())
     assert sum(filled.sum() for filled in pushed) == round(float(metrics["active_fraction"]) * 16) < 16

@@ -14,7 +14,7 @@ class Mismatched(Pairs):
     pair of the data set, for which rows have room.
     """
 
-    def __init__(self, store: TokenStore):
+    def __init__(self, store: TokenStore, _tokenizer):
         self._store, self.key = store, f"{store.key}-mismatched-1"
         order = np.random.default_rng(0).permutation(len(store))
         self._other = np.empty_like(order)
@@ -54,5 +54,41 @@ def _shared(wanted: list[int], room: int) -> list[int]:
     return [min(one, max(room // 2, room - other)), min(other, max(room // 2, room - one))]
 
 
+class Rationale(Pairs):
+    """Why the chosen answer is the better one, from the data's `rationale`, after the prompt and both answers (arXiv:2407.14477).
+
+    The answers follow the prompt as they are, with no words between them: the paper's own are not known here. What is longer than max_length
+    loses the beginning of what stands before the rationale.
+    """
+
+    def __init__(self, store: TokenStore, tokenizer):
+        self._store, self.key, texts = store, f"{store.key}-rationale-1", []
+        for i in range(len(store)):
+            name, row = store.source_row(i)
+            text = row.get("rationale")
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(
+                    f"row {name} of '{store.name}' has no text as 'rationale', which the loss needs; add it to every row"
+                )
+            texts.append(text)
+        most, end = store.tokens["max_length"], [tokenizer.eos_token_id]
+        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        self._ids = [np.array(ids[: most // 2 - 1] + end, np.int32) for ids in encoded]
+        rationales = np.array([len(ids) for ids in self._ids])
+        before = np.minimum(store.slots, most - rationales)
+        # The length table, for rows to have room.
+        self.lengths = np.stack([before, rationales, np.zeros_like(before)], axis=1)
+        self.scored, self.slots = self.lengths[:, 1:], self.lengths.sum(axis=1)
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    def plain(self, i: int) -> PairTokens:
+        pair, ids = self._store.plain(i), self._ids[i]
+        before = np.concatenate([pair.prompt, *pair.branches])[-self.lengths[i, 0] :]
+        none = np.zeros(0, np.int32)
+        return PairTokens(pair.id, pair.where, before, ids, none, np.ones(len(ids), bool), none.astype(bool))
+
+
 # name -> the sequences of that name for the pairs of a store
-GROUPS = {"kl": Mismatched}
+GROUPS = {"kl": Mismatched, "rationale": Rationale}

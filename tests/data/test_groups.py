@@ -29,7 +29,7 @@ class Store(types.SimpleNamespace):
 
 
 def mismatched(pairs):
-    return Mismatched(Store(**vars(store_of(pairs))))
+    return Mismatched(Store(**vars(store_of(pairs))), None)
 
 
 def one_sided(pairs):
