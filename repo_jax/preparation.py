@@ -20,14 +20,14 @@ from repo_jax.data.rows import BUDGET, RowShape, sizes_of, suggest_shapes, too_l
 from repo_jax.data.store import TokenStore
 from repo_jax.hardware import visible
 from repo_jax.logps import is_live
-from repo_jax.losses import DEFAULT_LOSS, Loss, hyperparameters, make_loss
+from repo_jax.losses import DEFAULT_LOSS, Loss, make_loss
 from repo_jax.models.config import DecoderConfig
 from repo_jax.models.decoder import IN_VIEWS, Decoder, param_shapes
 from repo_jax.models.hub import check_push
 from repo_jax.models.lora import adapter_shapes
 from repo_jax.models.pretrained import Pretrained, open_model
 from repo_jax.sharding import batch_ways, make_mesh, param_shardings
-from repo_jax.step import needs_two_passes, takes_two_passes
+from repo_jax.step import PASSED, needs_two_passes, takes_two_passes
 from repo_jax.stores import held_out_store, model_files, tokenizer_of, train_store
 
 # At the published gamma of 0.4 some 13 % of the pairs have reached it after a fifth of a run.
@@ -271,7 +271,8 @@ def own_loss(loss: Loss | Callable, given: dict) -> tuple[Loss, dict[str, float]
     """A user's own loss, and its hyperparameters with those of the recipe."""
     name = name_of(loss)
     loss = loss if isinstance(loss, Loss) else Loss(loss)
-    accepted = hyperparameters(loss)
+    _, *parameters = inspect.signature(loss.fn).parameters.values()  # the first is the pairs
+    accepted = {one.name: one.default for one in parameters if one.name not in PASSED}
     for key, value in given.items():
         if key == "loss_type" and value == name:
             continue

@@ -132,9 +132,13 @@ def quiet(pairs: PairLogps, here_B2) -> PairLogps:
     )
 
 
+# What a loss is passed under these names, if its signature has them; all else there is a hyperparameter.
+PASSED = ("state", "progress", "training")
+
+
 def evaluate(loss: Loss, pairs: PairLogps, hparams: dict, state, progress, *, training: bool) -> LossOut:
     """The loss of pairs, with what its signature asks for beside hyperparameters."""
-    own = {"state": state, "progress": progress, "training": training}
+    own = dict(zip(PASSED, (state, progress, training), strict=True))
     takes = inspect.signature(loss.fn).parameters
     out = loss.fn(pairs, **hparams, **{name: value for name, value in own.items() if name in takes})
     return out if isinstance(out, LossOut) else LossOut(out)
