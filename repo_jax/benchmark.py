@@ -28,6 +28,7 @@ from repo_jax.models.pretrained import Pretrained
 from repo_jax.optimizer import is_matrix, make_optimizer
 from repo_jax.preparation import Setup, keep_programs, set_up
 from repo_jax.progress import Compiled, compiled
+from repo_jax.reference import with_any_reference
 from repo_jax.state import TrainState, initial_state, state_shapes, state_shardings, variables_of
 from repo_jax.step import Scorer, TrainStep
 from repo_jax.stores import model_files
@@ -77,7 +78,7 @@ class Run(NamedTuple):
 
 def bench(setup: Setup, *, steps: int, warmup: int, split_steps: int) -> dict:
     """Times `steps` updates after `warmup` others, then takes a few more apart; everything it found, ready for JSON."""
-    began = compiled()
+    began, setup = compiled(), with_any_reference(setup)
     keep_programs(setup.recipe.run.compile_cache_dir)
     optimizer = make_optimizer(setup.recipe.optim, setup.total_steps)
     shapes = state_shapes(setup.trained_shapes, optimizer, setup.loss)

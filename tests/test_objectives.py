@@ -60,6 +60,12 @@ def token_mean_sft(pairs):
     return -pairs.logps_B2[:, 0] * len(pairs.lengths_B2) / pairs.lengths_B2[:, 0].sum()
 
 
+def odds(pairs, *, beta=0.5):
+    """ORPO's form, which has no value at a log-prob of 0."""
+    log_odds_B2 = pairs.mean_B2 - jnp.log(-jnp.expm1(pairs.mean_B2))
+    return jax.nn.softplus(-beta * (log_odds_B2[:, 0] - log_odds_B2[:, 1]))
+
+
 def scheduled(pairs, *, gamma=1.0, gamma_end=0.2, progress):
     return jax.nn.relu(gamma + (gamma_end - gamma) * progress - pairs.mean_margin_B)
 
@@ -94,6 +100,7 @@ OWN = {
     "by_answer": Loss(by_answer, reference=True, layout="answers"),
     "margin_of_data": Loss(margin_of_data, columns=("margin",)),
     "token_mean_sft": Loss(token_mean_sft),
+    "odds": Loss(odds),
     "scheduled": Loss(scheduled),
     "peaked": Loss(peaked, terms=("log_sum_p2",)),
     "token_level": Loss(token_level, reference=True, terms=("kl_reference",)),
