@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from examples import ROOT, STORIES, short_pairs
+from examples import ROOT, STORIES, one_device, short_pairs
 
 from repo_jax import reference
 from repo_jax.config import dump_recipe, load_recipe, to_recipe
@@ -24,7 +24,7 @@ from repo_jax.preparation import set_up
 from repo_jax.reference import with_reference
 from repo_jax.run_folder import read_metrics
 from repo_jax.step import Scorer
-from repo_jax.training import train
+from repo_jax.training import prepare, run
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
 
@@ -38,6 +38,12 @@ def divergence(pairs, *, beta=0.1):
 
 
 DPO = Loss(dpo, reference=True)
+
+
+def train(recipe, loss=None):
+    """A whole run on one device, which compiles faster than eight."""
+    setup = prepare(recipe, loss)
+    return run(setup._replace(mesh=one_device(), shapes=tuple(shape._replace(R=1) for shape in setup.shapes)))
 
 
 def recipe_in(folder, model=None, run=None, optim=None, **data):
@@ -157,22 +163,22 @@ def test_mismatched_sequences_have_theirs(folder):
 
 @pytest.mark.parametrize("model", [{}, {"use_peft": True, "lora_r": 2}], ids=["all", "adapters"])
 def test_a_run_begins_with_margins_of_zero_and_goes_on_without_what_was_kept(folder, tmp_path, model):
-    run = tmp_path / "run"
-    recipe = recipe_in(folder, model, {"output_dir": str(run)})
+    output = tmp_path / "run"
+    recipe = recipe_in(folder, model, {"output_dir": str(output)})
     train(recipe, loss=DPO)
-    logged = read_metrics(run / "metrics.jsonl")
+    logged = read_metrics(output / "metrics.jsonl")
     assert logged[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert abs(logged[0]["rewards/margins"]) < 1e-5 < abs(logged[2]["rewards/margins"])
-    results = json.loads((run / "eval_results.json").read_text())
+    results = json.loads((output / "eval_results.json").read_text())
     assert results["before"]["loss"] == pytest.approx(math.log(2), abs=1e-5) != results["after"]["loss"]
-    wanted = safetensors.numpy.load_file(run / "hf" / "model.safetensors")
+    wanted = safetensors.numpy.load_file(output / "hf" / "model.safetensors")
     for name in ("checkpoint-3", "hf", "adapter"):
-        shutil.rmtree(run / name, ignore_errors=True)
+        shutil.rmtree(output / name, ignore_errors=True)
     shutil.rmtree(folder / "cache" / "reference")
     train(recipe, loss=DPO)
-    found = safetensors.numpy.load_file(run / "hf" / "model.safetensors")
+    found = safetensors.numpy.load_file(output / "hf" / "model.safetensors")
     assert all(np.allclose(found[name], wanted[name], atol=1e-6) for name in wanted)
-    assert "loss_type: dpo" in (run / "recipe.yaml").read_text()
+    assert "loss_type: dpo" in (output / "recipe.yaml").read_text()
 
 
 def test_another_model_may_be_the_reference(folder, tmp_path):
@@ -221,14 +227,14 @@ def test_rows_with_one_answer_train(folder, tmp_path):
         ]
         (tmp_path / "data").mkdir(exist_ok=True)
         (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
-    run = tmp_path / "run"
-    recipe = recipe_in(tmp_path, None, {"output_dir": str(run)}, {"max_steps": 4, "learning_rate": 1e-3})
+    output = tmp_path / "run"
+    recipe = recipe_in(tmp_path, None, {"output_dir": str(output)}, {"max_steps": 4, "learning_rate": 1e-3})
     train(recipe, loss=Loss(kto, reference=True, coupled=True, groups=("kl",), layout="answers"))
-    logged = read_metrics(run / "metrics.jsonl")
+    logged = read_metrics(output / "metrics.jsonl")
     assert logged[0]["loss"] == pytest.approx(0.5, abs=1e-5) and all(line["two_pass"] == 1 for line in logged)
-    results = json.loads((run / "eval_results.json").read_text())
+    results = json.loads((output / "eval_results.json").read_text())
     assert results["pairs"] == 32 and results["after"]["loss"] < results["before"]["loss"]
-    assert results["after"]["rewards/margins"] > 0 and (run / "report.md").exists()
+    assert results["after"]["rewards/margins"] > 0 and (output / "report.md").exists()
 
 
 def test_the_objective_in_the_readme_trains(folder, tmp_path, monkeypatch):
@@ -246,8 +252,8 @@ def test_the_objective_in_the_readme_trains(folder, tmp_path, monkeypatch):
 
 
 def test_gamma_comes_from_the_first_margins_and_stays(folder, tmp_path, capsys):
-    run = tmp_path / "run"
-    recipe = recipe_in(folder, None, {"output_dir": str(run)}, {"learning_rate": 1e-3})
+    output = tmp_path / "run"
+    recipe = recipe_in(folder, None, {"output_dir": str(output)}, {"learning_rate": 1e-3})
     recipe = dataclasses.replace(recipe, loss={"gamma": "auto", "gamma_quantile": 0.75})
     setup = set_up(recipe, training=True)
     margins = scored(setup, setup.train) / [
@@ -256,15 +262,15 @@ def test_gamma_comes_from_the_first_margins_and_stays(folder, tmp_path, capsys):
     wanted = np.quantile(margins[:, 0] - margins[:, 1], 0.75)
     train(recipe)
     assert f"gamma is {wanted:.4g}, which 75% of 32 training pairs have not reached yet" in capsys.readouterr().out
-    loss = load_recipe(run / "recipe.yaml").loss
+    loss = load_recipe(output / "recipe.yaml").loss
     assert loss == {"loss_type": "repo", "gamma": pytest.approx(wanted, abs=1e-5), "gamma_quantile": 0.75}
-    first = read_metrics(run / "metrics.jsonl")
+    first = read_metrics(output / "metrics.jsonl")
     for name in ("checkpoint-3", "hf"):
-        shutil.rmtree(run / name)
+        shutil.rmtree(output / name)
     train(recipe)
     assert "gamma is" not in capsys.readouterr().out  # of weights that have been trained it would be another
-    assert load_recipe(run / "recipe.yaml").loss == loss
-    assert read_metrics(run / "metrics.jsonl")[2]["loss"] == pytest.approx(first[2]["loss"], abs=1e-6)
+    assert load_recipe(output / "recipe.yaml").loss == loss
+    assert read_metrics(output / "metrics.jsonl")[2]["loss"] == pytest.approx(first[2]["loss"], abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -328,16 +334,18 @@ def test_a_running_state_goes_on_from_a_checkpoint_and_evaluation_leaves_it(fold
         )
 
     loss = Loss(counting, reference=True, coupled=True, initial_state=lambda: {"sum": 0.0, "count": 0.0})
-    run = tmp_path / "run"
-    recipe = recipe_in(folder, None, {"output_dir": str(run), "eval_steps": 2}, {"learning_rate": 1e-3, "max_steps": 4})
+    output = tmp_path / "run"
+    recipe = recipe_in(
+        folder, None, {"output_dir": str(output), "eval_steps": 2}, {"learning_rate": 1e-3, "max_steps": 4}
+    )
     train(recipe, loss=loss)
-    first = read_metrics(run / "metrics.jsonl")
+    first = read_metrics(output / "metrics.jsonl")
     assert [line["seen"] for line in first] == [8, 16, 24, 32] and first[1]["eval_seen"] == 16
     assert first[1]["eval_shift"] == first[1]["shift"] != first[3]["eval_shift"]
     for name in ("checkpoint-4", "hf"):
-        shutil.rmtree(run / name)
+        shutil.rmtree(output / name)
     train(recipe, loss=loss)
-    again = read_metrics(run / "metrics.jsonl")
+    again = read_metrics(output / "metrics.jsonl")
     assert [line["step"] for line in again] == [1, 2, 3, 4]
     for name in ("loss", "seen", "shift", "rewards/margins"):
         assert [line[name] for line in again] == [line[name] for line in first]
