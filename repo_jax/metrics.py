@@ -33,11 +33,13 @@ def preference_metrics(pairs: PairLogps, slopes: PairLogps, hparams: dict) -> di
         return [mean(x_B2[:, side], there_B2[:, side]) for side in (0, 1)]
 
     (chosen, rejected), (logps_chosen, logps_rejected) = by_side(rewards_B2), by_side(mean_B2)
-    there_B = there_B2.any(axis=1)
+    there_B, both_B = there_B2.any(axis=1), there_B2.all(axis=1)
+    # Of pairs the mean of differences, which cancels less than the difference of means.
+    margins = jnp.where(both_B.any(), mean(rewards_B2[:, 0] - rewards_B2[:, 1], both_B), chosen - rejected)
     return {
         "rewards/chosen": scale * chosen,
         "rewards/rejected": scale * rejected,
-        "rewards/margins": scale * (chosen - rejected),
+        "rewards/margins": scale * margins,
         "rewards/accuracies": mean((by_side_B2.sum(axis=1) > 0).astype(jnp.float32), there_B),
         "logps/chosen": logps_chosen,
         "logps/rejected": logps_rejected,

@@ -3,6 +3,7 @@
 They are kept in the cache folder under the name of all that decides about them: weights, data, tokens and dtypes.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -23,7 +24,6 @@ from repo_jax.data.schema import DamagedStoreError, PairTokens
 from repo_jax.data.store import Pairs
 from repo_jax.distributed import on_all, primary
 from repo_jax.logps import scored_tokens
-from repo_jax.models.decoder import Decoder
 from repo_jax.models.tensors import fingerprint
 from repo_jax.preparation import Setup, decoder, own_reference
 from repo_jax.step import place
@@ -73,9 +73,9 @@ def with_reference(setup: Setup, params: dict | None = None, *, say: Callable[[s
             else:
                 missing[name, group] = pairs, folder
     if missing:
-        params = _params(setup) if params is None else params
+        params, score = _params(setup) if params is None else params, scoring(setup)
         for (name, group), (pairs, folder) in missing.items():
-            kept = score_tokens(_decoder(setup), {"params": params}, pairs, setup, what=f"{name} pairs")
+            kept = score_tokens(score, {"params": params}, pairs, setup, what=f"{name} pairs")
             write(folder, kept)
             found[name, group] = kept.sums
     served = {}
@@ -98,8 +98,11 @@ def with_any_reference(setup: Setup) -> Setup:
     return setup._replace(train=setup.train.serving(reference=any_numbers, groups=groups))
 
 
-def _decoder(setup: Setup) -> Decoder:
-    return decoder(setup.recipe.model, (setup.reference or setup.pretrained).cfg, setup.mesh)
+def scoring(setup: Setup) -> Callable:
+    """The program of the reference model: (variables, batch) -> logps_RS, on every device."""
+    model = decoder(setup.recipe.model, (setup.reference or setup.pretrained).cfg, setup.mesh)
+    fn = functools.partial(scored_tokens, model)
+    return jax.jit(lambda *args: fn(*args)[0], out_shardings=NamedSharding(setup.mesh, P()))
 
 
 def _params(setup: Setup) -> dict:
@@ -130,10 +133,8 @@ def _from_columns(store: Pairs, columns: tuple[str, ...]) -> Callable[[int, Pair
     return sums
 
 
-def score_tokens(model: Decoder, variables: dict, pairs: Sequence[PairTokens], setup: Setup, *, what: str) -> Kept:
+def score_tokens(score: Callable, variables: dict, pairs: Sequence[PairTokens], setup: Setup, *, what: str) -> Kept:
     """On the devices of the setup's mesh; every process gets all of it."""
-    everywhere = NamedSharding(setup.mesh, P())
-    score = jax.jit(lambda variables, batch: scored_tokens(model, variables, batch)[0], out_shardings=everywhere)
     parts, lengths = [], []
     starts = tqdm(
         range(0, len(pairs), GROUP),
