@@ -39,7 +39,7 @@ class Setup(NamedTuple):
 
     recipe: Recipe  # with the loss's defaults and the dtypes that auto stands for filled in
     loss: Loss
-    hparams: dict[str, float]
+    hparams: dict[str, float | str]  # texts choose between forms
     pretrained: Pretrained
     tokenizer: object
     train: TokenStore | None
@@ -267,7 +267,7 @@ def name_of(loss: Loss | Callable) -> str:
     return getattr(fn, "__name__", type(fn).__name__)
 
 
-def own_loss(loss: Loss | Callable, given: dict) -> tuple[Loss, dict[str, float]]:
+def own_loss(loss: Loss | Callable, given: dict) -> tuple[Loss, dict[str, float | str]]:
     """A user's own loss, and its hyperparameters with those of the recipe."""
     name = name_of(loss)
     loss = loss if isinstance(loss, Loss) else Loss(loss)
@@ -279,12 +279,17 @@ def own_loss(loss: Loss | Callable, given: dict) -> tuple[Loss, dict[str, float]
         if key not in accepted:
             takes = f"it takes {', '.join(accepted)}" if accepted else "it takes none"
             raise ValueError(f"loss '{name}' has no hyperparameter '{key}'; {takes}")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(accepted[key], str | bool):
+            if type(value) is not type(accepted[key]):
+                kind = "a text" if isinstance(accepted[key], str) else "true or false"
+                raise ValueError(f"loss '{name}': {key}={value!r} must be {kind}")
+        elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f"loss '{name}': {key}={value!r} must be a number")
     unset = [key for key, value in accepted.items() if value is inspect.Parameter.empty and key not in given]
     if unset:
         raise ValueError(f"loss '{name}' needs {', '.join(unset)}; give recipe.loss.{unset[0]}")
-    return loss, accepted | {key: float(value) for key, value in given.items() if key != "loss_type"}
+    chosen = accepted | {key: value for key, value in given.items() if key != "loss_type"}
+    return loss, {key: value if isinstance(value, str | bool) else float(value) for key, value in chosen.items()}
 
 
 def _with_needs(store: TokenStore, name: str, loss: Loss, data: DataSection, tokenizer) -> TokenStore:

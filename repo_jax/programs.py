@@ -20,7 +20,7 @@ from repo_jax.optimizer import make_optimizer
 from repo_jax.preparation import decoder
 from repo_jax.sharding import BATCH, param_shardings
 from repo_jax.state import TrainState, state_shapes, state_shardings, variables_of
-from repo_jax.step import Gathered, Slopes, add_direct, add_weighted, no_pairs, score, update
+from repo_jax.step import Gathered, Slopes, add_direct, add_weighted, bound, no_pairs, score, update
 
 
 def with_dtypes(recipe: Recipe) -> Recipe:
@@ -69,7 +69,7 @@ class Programs:
     """
 
     def __init__(self, recipe: Recipe, cfg: DecoderConfig, mesh: Mesh, shape: RowShape):
-        loss, hparams = make_loss(**recipe.loss)
+        loss, hparams = bound(*make_loss(**recipe.loss))
         B = recipe.optim.train_batch_size * (1 + len(loss.groups))
         held = Held(recipe, cfg, mesh)
         self.cfg, self.mesh, self.model = cfg, mesh, decoder(recipe.model, cfg, mesh)

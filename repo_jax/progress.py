@@ -217,7 +217,7 @@ def describe(setup: Setup) -> str:
     recipe = setup.recipe
     chosen = {name: recipe.loss.get(name, value) for name, value in setup.hparams.items()}
     objective = ", ".join(
-        f"{name} {value if isinstance(value, str) else f'{value:g}'}" for name, value in chosen.items()
+        f"{name} {value if isinstance(value, str) else format(value, 'g')}" for name, value in chosen.items()
     )
     lines = [
         f"{recipe.loss['loss_type']} ({objective}) on {recipe.model.model_name_or_path}, in {recipe.model.compute_dtype}"

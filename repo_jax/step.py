@@ -136,6 +136,13 @@ def quiet(pairs: PairLogps, here_B2) -> PairLogps:
 PASSED = ("state", "progress", "training")
 
 
+def bound(loss: Loss, hparams: dict) -> tuple[Loss, dict[str, np.float32]]:
+    """The loss with those hyperparameters settled that choose between forms (texts), and the others, which programs take as numbers."""
+    chosen = {name: value for name, value in hparams.items() if isinstance(value, str | bool)}
+    numbers = {name: np.float32(value) for name, value in hparams.items() if name not in chosen}
+    return (loss._replace(fn=functools.partial(loss.fn, **chosen)) if chosen else loss), numbers
+
+
 def evaluate(loss: Loss, pairs: PairLogps, hparams: dict, state, progress, *, training: bool) -> LossOut:
     """The loss of pairs, with what its signature asks for beside hyperparameters."""
     own = dict(zip(PASSED, (state, progress, training), strict=True))
@@ -258,11 +265,11 @@ class Scorer:
         self._take(loss, hparams)
 
     def _take(self, loss: Loss, hparams: dict) -> None:
-        self.loss = loss
-        self.hparams = jax.device_put({name: np.float32(value) for name, value in hparams.items()}, self._everywhere)
+        self.loss, numbers = bound(loss, hparams)
+        self.hparams = jax.device_put(numbers, self._everywhere)
         self.initial_state = jax.device_put(initial_loss_state(loss), self._everywhere)
         self._weigh = jax.jit(
-            functools.partial(weigh, loss=loss), out_shardings=self._everywhere, static_argnames="training"
+            functools.partial(weigh, loss=self.loss), out_shardings=self._everywhere, static_argnames="training"
         )
 
     def of(self, loss: Loss, hparams: dict) -> "Scorer":

@@ -66,6 +66,11 @@ def odds(pairs, *, beta=0.5):
     return jax.nn.softplus(-beta * (log_odds_B2[:, 0] - log_odds_B2[:, 1]))
 
 
+def of_two_forms(pairs, *, gamma=0.5, form="hinge"):
+    margin_B = pairs.mean_margin_B
+    return jax.nn.relu(gamma - margin_B) if form == "hinge" else jax.nn.softplus(gamma - margin_B)
+
+
 def scheduled(pairs, *, gamma=1.0, gamma_end=0.2, progress):
     return jax.nn.relu(gamma + (gamma_end - gamma) * progress - pairs.mean_margin_B)
 
@@ -101,6 +106,7 @@ OWN = {
     "margin_of_data": Loss(margin_of_data, columns=("margin",)),
     "token_mean_sft": Loss(token_mean_sft),
     "odds": Loss(odds),
+    "of_two_forms": Loss(of_two_forms),
     "scheduled": Loss(scheduled),
     "peaked": Loss(peaked, terms=("log_sum_p2",)),
     "token_level": Loss(token_level, reference=True, terms=("kl_reference",)),
@@ -274,6 +280,19 @@ def test_progress_is_the_share_of_updates_done():
     margins = scored_margins("scheduled")
     for loss, gamma in zip(at, (1.0, 0.6, 0.2), strict=True):
         np.testing.assert_allclose(loss, np.maximum(gamma - margins, 0).mean(), rtol=1e-5)
+
+
+def test_a_text_among_the_hyperparameters_chooses_a_form():
+    scorer, step, params, *_ = base((1, 1, 1), 12)
+    losses, margins = {}, scored_margins("of_two_forms")
+    for form in ("hinge", "logistic"):
+        scorer = scorer.of(OWN["of_two_forms"], {"gamma": 0.5, "form": form})
+        losses[form] = [
+            float(step.of(scorer, mode).mean_grads(params, pairs_for("of_two_forms"))[1]["loss"])
+            for mode in ("direct", "two_pass")
+        ]
+    np.testing.assert_allclose(losses["hinge"], np.maximum(0.5 - margins, 0).mean(), rtol=1e-5)
+    np.testing.assert_allclose(losses["logistic"], np.log1p(np.exp(0.5 - margins)).mean(), rtol=1e-5)
 
 
 def scored_margins(name):
