@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="loss types, with commas; default: all")
     parser.add_argument("--updates", type=int, default=20)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--learning_rate", type=float, default=3e-4)
     parser.add_argument("--json", type=pathlib.Path)
     arguments = parser.parse_args()
     names = arguments.only.split(",") if arguments.only else list(LOSSES)
@@ -170,8 +170,10 @@ def given(pair: PairTokens, loss: Loss, i: int) -> PairTokens:
     numbers = {"margin": rng.uniform(0, 0.4), "label_prob": rng.uniform(0.7, 0.95), "weight": rng.uniform(0.5, 1)}
     high, low = rng.uniform(0.6, 0.9), rng.uniform(0.1, 0.4)
     numbers |= {"score_chosen": high, "score_rejected": low}
-    columns = {name: numbers.get(name, 0.5) for name in loss.columns}
-    columns |= {name: (high, low) for name in loss.answer_columns}
+    # A policy on the way from the reference to one that tells the answers apart.
+    previous = tuple(float(x) for x in pair.reference_2 + rng.uniform(0, 1, 2) * [1, -1])
+    columns = {name: numbers.get(name, high) for name in loss.columns}
+    columns |= {name: previous if name == "previous_logps" else (high, low) for name in loss.answer_columns}
     stand_ins = {
         "rationale": pair._replace(rejected=pair.rejected[:0], rejected_mask=pair.rejected_mask[:0], weights=None)
     }
