@@ -10,14 +10,14 @@ from examples import ROOT
 
 # Within a layer a file may import those named before it.
 LAYERS = [
-    ["losses", "sharding", "hardware", "hlo", "topology", "urls", "models.config", "models.hub", "models.tensors", "data.sources", "data.schema", "data.special",
-     "data.template", "data.official", "data.weights", "data.chat", "data.store"],
+    ["losses.types", "losses", "sharding", "hardware", "hlo", "topology", "urls", "models.config", "models.hub", "models.tensors", "data.sources", "data.schema", "data.special",
+     "data.template", "data.official", "data.weights", "data.chat", "data.store", "data.groups"],
     ["config", "card", "distributed", "models.attention", "models.blocked", "models.views", "models.splash", "models.triton", "models.flash", "models.hf",
      "data.rows", "data.batches"],
     ["models.decoder", "models.lora", "models.pretrained", "optimizer", "stores", "flops"],
     ["logps", "state", "metrics"],
     ["step", "checkpoint", "preparation", "memory", "programs", "generation", "rewards"],
-    ["evaluation", "inspection", "export", "report", "planning"],
+    ["reference", "evaluation", "inspection", "export", "report", "planning"],
     ["run_folder", "progress"],
     ["training", "answers", "benchmark"],
     ["cli"],

@@ -5,28 +5,12 @@ Axis letters: B pairs; 2 is (chosen, rejected).
 
 import inspect
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
+from repo_jax.losses.types import Loss, LossOut, PairLogps
 
-class PairLogps(NamedTuple):
-    """What a loss may look at: B pairs; axis 1 is (chosen, rejected)."""
-
-    logps_B2: jax.Array  # summed over the scored tokens
-    lengths_B2: jax.Array  # how many those are
-
-    @property
-    def mean_B2(self) -> jax.Array:
-        """Log-prob per scored token."""
-        return self.logps_B2 / jnp.maximum(self.lengths_B2, 1)  # a pair that is not there has length 0
-
-    @property
-    def mean_margin_B(self) -> jax.Array:
-        """M: mean log-prob of the chosen answer minus that of the rejected one, in nats per token."""
-        return self.mean_B2[:, 0] - self.mean_B2[:, 1]
+__all__ = ["LOSSES", "RANGES", "Loss", "LossOut", "PairLogps", "hyperparameters", "make_loss"]
 
 
 def repo(pairs: PairLogps, *, gamma: float = 0.5) -> jax.Array:
@@ -44,12 +28,6 @@ def simpo(pairs: PairLogps, *, beta: float = 2.0, gamma: float = 0.25, label_smo
     """
     logits_B = beta * (pairs.mean_margin_B - gamma)
     return (1 - label_smoothing) * jax.nn.softplus(-logits_B) + label_smoothing * jax.nn.softplus(logits_B)
-
-
-class Loss(NamedTuple):
-    """An objective and what it needs."""
-
-    fn: Callable[..., jax.Array]  # (PairLogps, *, hyperparameters) -> one value per pair
 
 
 LOSSES = {
