@@ -16,6 +16,7 @@ from repo_jax.data.store import open_store
 from repo_jax.evaluation import Evaluation
 from repo_jax.flops import useful_flops
 from repo_jax.hardware import Chip
+from repo_jax.losses import Loss, simpo
 from repo_jax.progress import Log, compiled, describe
 from repo_jax.run_folder import read_metrics
 
@@ -112,7 +113,7 @@ def test_an_evaluation_and_what_it_compiles_are_no_part_of_a_step(tmp_path, cloc
     def evaluate():
         compile_(clock, 3.0)
         clock.now += 4.0
-        return Evaluation({"loss": 0.5}, None)
+        return Evaluation({"loss": 0.5}, None, 0)
 
     log.before_update()
     clock.now += 4.5
@@ -192,6 +193,7 @@ def test_a_run_is_described_with_what_became_of_every_row(tmp_path):
                 "optim": {"train_batch_size": 2},
             }
         ),
+        loss=Loss(simpo),
         hparams={"beta": 2.0, "gamma": 0.25},
         train=store("train.jsonl", rows, truncation="keep_end"),
         held_out=store("test.jsonl", rows[4:]),
@@ -210,5 +212,7 @@ def test_a_run_is_described_with_what_became_of_every_row(tmp_path):
     data = DataSection(truncation="keep_end", max_length=64, use_poet=True, dataset_name="a.jsonl", row_length=128)
     setup.recipe = dataclasses.replace(setup.recipe, data=data)
     assert describe(setup).splitlines()[-2] == "tokens: truncation keep_end, max_length 64, use_poet True"
+    setup.loss = Loss(simpo, reference=True)
+    assert describe(setup).splitlines()[1] == "compared with some/model as it is"
     setup.held_out = None
     assert not any(line.startswith("held-out") for line in describe(setup).splitlines())
