@@ -190,8 +190,12 @@ def padded_rows(pairs: list[PairTokens], at_a_time: int, *, views: bool) -> list
                 alone_B2 = np.zeros((len(pairs), 2), bool)
                 alone_B2[number, side] = True
                 rows += row_batches(pairs, shape, wanted_B2=alone_B2)
-        fields = (None if parts[0] is None else np.concatenate(parts) for parts in zip(*rows, strict=True))
-        batches.append(RowBatch(*fields)._replace(filled_B=np.any([row.filled_B for row in rows], axis=0)))
+        fields = (
+            None if parts[0] is None else np.concatenate(parts)
+            for parts in zip(*(row[:-1] for row in rows), strict=True)
+        )
+        filled_B = np.any([row.filled_B for row in rows], axis=0)
+        batches.append(RowBatch(*fields)._replace(filled_B=filled_B, known=rows[0].known))
     return batches
 
 
@@ -285,7 +289,8 @@ def compared(
             continue  # the reference depends on gamma
         if rung.before is None or rung.form == "two_pass":  # the first of those with the same slopes
             if same_slopes:
-                slopes_B2, _ = rung.scorer.weigh(rung.scorer({"params": params}, rung.rows))
+                weighed = rung.scorer.weigh(rung.scorer({"params": params}, rung.rows))
+                slopes_B2 = weighed.slopes.logps_B2
                 reference = weighted(setup.model, rung.rows, slopes_B2)
             else:
                 reference = gradient(rung._replace(again=None), params, pairs)[0]

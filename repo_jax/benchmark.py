@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 
 from repo_jax.config import Recipe
 from repo_jax.data.batches import batch_indices
-from repo_jax.data.rows import row_batches
 from repo_jax.data.schema import PairTokens
 from repo_jax.flops import flops_of, lengths_of
 from repo_jax.hardware import chip_of, peak_memory
@@ -29,6 +28,7 @@ from repo_jax.models.pretrained import Pretrained
 from repo_jax.optimizer import is_matrix, make_optimizer
 from repo_jax.preparation import Setup, keep_programs, set_up
 from repo_jax.progress import Compiled, compiled
+from repo_jax.reference import with_any_reference
 from repo_jax.state import TrainState, initial_state, state_shapes, state_shardings, variables_of
 from repo_jax.step import Scorer, TrainStep
 from repo_jax.stores import model_files
@@ -78,10 +78,10 @@ class Run(NamedTuple):
 
 def bench(setup: Setup, *, steps: int, warmup: int, split_steps: int) -> dict:
     """Times `steps` updates after `warmup` others, then takes a few more apart; everything it found, ready for JSON."""
-    began = compiled()
+    began, setup = compiled(), with_any_reference(setup)
     keep_programs(setup.recipe.run.compile_cache_dir)
     optimizer = make_optimizer(setup.recipe.optim, setup.total_steps)
-    shapes = state_shapes(setup.trained_shapes, optimizer)
+    shapes = state_shapes(setup.trained_shapes, optimizer, setup.loss)
     shardings = state_shardings(shapes, optimizer, setup.mesh)
     held = held_in_training(shapes, shardings, setup.frozen_shapes)
     with explained(setup.mesh, held, lambda: what_helps(setup.recipe, setup.mesh, held)):
@@ -119,7 +119,7 @@ def _start(setup: Setup, optimizer, shapes: TrainState, shardings: TrainState) -
     scorer = Scorer(setup.model, setup.loss, setup.hparams, setup.mesh, setup.shapes)
     options = {"mode": optim.mode, "two_pass_below": optim.two_pass_below, "frozen": frozen, "seed": run.seed}
     step = TrainStep(scorer, setup.model, setup.loss, optimizer, shardings, **options)
-    return Run(scorer, step, frozen), initial_state(params, optimizer, shardings)
+    return Run(scorer, step, frozen), initial_state(params, optimizer, shardings, setup.loss)
 
 
 def _batches(setup: Setup) -> Iterator[list[PairTokens]]:
@@ -186,7 +186,7 @@ def split(setup: Setup, run: Run, state: TrainState, batches: Iterator, steps: i
 
 def _split_once(setup: Setup, run: Run, state: TrainState, batches: Iterator) -> dict:
     pairs, reading = _timed(lambda: next(batches))
-    rows, building = _timed(lambda: row_batches(pairs, run.scorer.shapes))
+    rows, building = _timed(lambda: run.scorer.rows(pairs))
     variables = variables_of(state.params, run.frozen)
     _, scoring = _timed(lambda: run.scorer.weigh(run.scorer(variables, rows)))
     form = run.step.form(state)

@@ -359,7 +359,11 @@ def recipe_flags() -> dict[str, str]:
     for kind, loss in LOSSES.items():
         for name, default in hyperparameters(loss).items():
             words = flags.get(f"loss.{name}", "hyperparameter; default")
-            flags[f"loss.{name}"] = f"{words} {default:g} for {kind},"
+            shown = default if isinstance(default, str) else format(default, "g")
+            flags[f"loss.{name}"] = f"{words} {shown} for {kind},"
+    flags["loss.gamma_quantile"] = (
+        "with --gamma auto: gamma is what this share of the training pairs' margins are below at the start (default: 0.9)"
+    )
     return {name: words.rstrip(",") for name, words in flags.items()}
 
 

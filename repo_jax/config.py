@@ -36,6 +36,10 @@ class ModelSection:
         description="folder of a Hugging Face model (config.json, safetensors, tokenizer), a gs:// or s3:// URL of one, or ORG/NAME on the Hub"
     )
     model_revision: str | None = Field(None, description="branch, tag or commit of a Hub model; null: its main branch")
+    reference_model_name_or_path: Path | None = Field(
+        None,
+        description="the reference model of losses that have one; null: the model before training, with adapters the one under them",
+    )
     chat_template: str | None = Field(
         None, description="Jinja text or the path of a .jinja file; null: the tokenizer's own"
     )
@@ -47,9 +51,9 @@ class ModelSection:
         "auto",
         description="what parameters are kept in; auto: float32 where they are trained, else compute_dtype; bfloat16 halves their memory, and their updates are rounded up or down at random to its 8 bits",
     )
-    attn_implementation: Literal["auto", "dense", "blocked", "splash", "flash"] = Field(
+    attn_implementation: Literal["auto", "dense", "blocked", "splash", "triton", "flash"] = Field(
         "auto",
-        description="the form of attention, all equally exact; auto: splash on TPU, flash on GPU, blocked on one CPU device, else dense",
+        description="the form of attention, all equally exact; auto: splash on TPU, flash on GPU, blocked on one CPU device, else dense; triton: kernels for NVIDIA GPUs",
     )
     remat: Literal["none", "dots", "attention", "full", "offload"] = Field(
         "full",
@@ -415,7 +419,7 @@ def _unknown(loc: tuple) -> str:
     *parents, name = (str(part) for part in loc)
     from repo_jax.losses import LOSSES, hyperparameters
 
-    of_losses = ["loss_type", *(name for loss in LOSSES.values() for name in hyperparameters(loss))]
+    of_losses = ["loss_type", "gamma_quantile", *(name for loss in LOSSES.values() for name in hyperparameters(loss))]
     leaves = {name: ("loss", None) for name in of_losses} | leaf_fields()
     if not parents:
         home = f"; write it as {leaves[name][0]}.{name}" if name in leaves else _nearest(name, SECTIONS)

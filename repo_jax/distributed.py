@@ -129,6 +129,11 @@ def from_primary(tree):
     return multihost_utils.broadcast_one_to_all(tree) if jax.process_count() > 1 else tree
 
 
+def on_all(fact: bool) -> bool:
+    """Whether it holds on every process."""
+    return bool(np.all(multihost_utils.process_allgather(np.bool_(fact)))) if jax.process_count() > 1 else fact
+
+
 def text_from_primary(text: str) -> str:
     """Process 0's text of at most TOLD bytes, on every process."""
     return _text(from_primary(_bytes(text)))

@@ -1,5 +1,6 @@
 """Held-out pairs scored: metrics that are means over pairs, whatever the rows and batches."""
 
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,11 +9,12 @@ import numpy as np
 from tqdm import tqdm
 
 from repo_jax.config import Recipe
-from repo_jax.data.rows import row_batches
 from repo_jax.data.schema import PairTokens
 from repo_jax.losses import PairLogps
 from repo_jax.memory import explained, held_in_scoring, what_helps
+from repo_jax.metrics import as_numbers
 from repo_jax.preparation import Setup, keep_programs, set_up
+from repo_jax.reference import with_reference
 from repo_jax.rewards import evaluate_rewards
 from repo_jax.step import Scorer
 
@@ -21,7 +23,8 @@ GROUP = 256  # pairs that are packed together
 
 class Evaluation(NamedTuple):
     metrics: dict[str, float]  # preference_metrics over all pairs
-    margins_B: np.ndarray  # mean-token margin of every pair, in the order of the file
+    margins_B: np.ndarray  # mean-token margin of every pair that has both answers, in the order of the file
+    pairs: int
 
 
 def score_pairs(scorer: Scorer, variables: dict, pairs: Sequence[PairTokens]) -> PairLogps:
@@ -29,16 +32,19 @@ def score_pairs(scorer: Scorer, variables: dict, pairs: Sequence[PairTokens]) ->
     groups = []
     for start in tqdm(range(0, len(pairs), GROUP), desc="scoring", unit=f" x {GROUP} pairs", disable=None, leave=False):
         group = [pairs[i] for i in range(start, min(start + GROUP, len(pairs)))]
-        scored = jax.device_get(scorer(variables, row_batches(group, scorer.shapes, B=GROUP)))
-        groups.append(PairLogps(*(x_B2[: len(group)] for x_B2 in scored)))
-    return jax.tree.map(lambda *parts: np.concatenate(parts), *groups)
+        groups.append(jax.device_get(scorer(variables, scorer.rows(group, B=GROUP))))
+    # Only the last group has room left over.
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(pairs)], *groups)
 
 
-def evaluate_pairs(scorer: Scorer, variables: dict, pairs: Sequence[PairTokens]) -> Evaluation:
-    """Metrics over all pairs, as training logs them over a batch."""
+def evaluate_pairs(
+    scorer: Scorer, variables: dict, pairs: Sequence[PairTokens], loss_state=None, progress: float = 0.0
+) -> Evaluation:
+    """Metrics over all pairs, as training logs them over a batch; the loss's state is that of the training so far, and stays."""
     scored = score_pairs(scorer, variables, pairs)
-    _, metrics = scorer.weigh(scored)
-    return Evaluation({name: float(value) for name, value in metrics.items()}, np.asarray(scored.mean_margin_B))
+    metrics = scorer.weigh(scored, loss_state, np.float32(progress)).metrics
+    both_B = np.asarray(scored.there_B2).all(axis=1)
+    return Evaluation(as_numbers(metrics), np.asarray(scored.mean_margin_B)[both_B], len(both_B))
 
 
 def evaluate(recipe: Recipe) -> dict[str, float | str]:
@@ -57,12 +63,21 @@ def evaluate_setup(setup: Setup) -> dict[str, float | str]:
     with explained(setup.mesh, held, lambda: what_helps(setup.recipe, setup.mesh, held)):
         if setup.cfg.labels:
             return evaluate_rewards(setup)
+        setup = with_reference(setup, say=_aside)
         variables = {"params": setup.pretrained.params(*place)}
         scorer = Scorer(setup.model, setup.loss, setup.hparams, setup.mesh, setup.shapes)
-        results = summarize(evaluate_pairs(scorer, variables, setup.held_out))
+        results = summarize(evaluate_pairs(scorer, variables, setup.held_out, progress=1.0))
     return setup.recipe.loss | results | {"pairs": len(setup.held_out)}
 
 
+def _aside(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
 def summarize(evaluation: Evaluation) -> dict[str, float]:
-    """The metrics with the mean margin, which no beta scales."""
-    return evaluation.metrics | {"mean_margin": float(evaluation.margins_B.mean())}
+    """The metrics with the mean margin, which no beta scales; of unpaired rows the difference of the means."""
+    metrics, margins_B, _ = evaluation
+    sides = [metrics[name] for name in ("logps/chosen", "logps/rejected") if name in metrics]
+    if len(margins_B):
+        return metrics | {"mean_margin": float(margins_B.mean())}
+    return metrics | ({"mean_margin": sides[0] - sides[1]} if len(sides) == 2 else {})

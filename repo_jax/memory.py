@@ -42,14 +42,18 @@ def bytes_per_device(shapes, shardings) -> int:
     return sum(jax.tree.leaves(sizes))
 
 
-def held_in_training(shapes: TrainState, shardings: TrainState, frozen: dict | None) -> dict[str, int]:
-    """Bytes per device by kind, from before the first update to the end."""
+def held_in_training(
+    shapes: TrainState, shardings: TrainState, frozen: dict | None, live: dict | None = None
+) -> dict[str, int]:
+    """Bytes per device by kind, from before the first update to the end; `live` is a reference model that stays."""
     grads = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), shapes.params)
     held = {
         "parameters" if frozen is None else "adapters": bytes_per_device(shapes.params, shardings.params),
         "gradients": bytes_per_device(grads, shardings.params),
         "moments": bytes_per_device(shapes.opt_state, shardings.opt_state),
     }
+    if live is not None:
+        held["reference parameters"] = held_in_scoring(live)["parameters"]
     if frozen is None:
         return held
     return {"frozen parameters": held_in_scoring(frozen)["parameters"]} | held

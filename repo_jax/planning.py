@@ -28,7 +28,7 @@ from repo_jax.losses import make_loss
 from repo_jax.memory import is_out_of_memory
 from repo_jax.models.config import DecoderConfig
 from repo_jax.models.decoder import param_shapes
-from repo_jax.preparation import slots_per_device
+from repo_jax.preparation import slots_per_device, without_auto
 from repo_jax.programs import Held, Programs, with_dtypes
 from repo_jax.sharding import AXES, make_mesh
 from repo_jax.step import break_even
@@ -97,6 +97,7 @@ def plan(
     """
     without_accelerators()
     there = parse_topology(topology, slices)
+    recipe = dataclasses.replace(recipe, loss=without_auto(recipe.loss)[0])
     make_loss(**recipe.loss)
     cfg = read_model_config(model_config) if model_config else DecoderConfig.from_hf(model_files(recipe).weights)
     if not searching:

@@ -1,18 +1,25 @@
 """Everything that can be wrong with what a user gave, found before the first device computation."""
 
 import dataclasses
+import inspect
+import math
 import pathlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from repo_jax.config import DataSection, ModelSection, Recipe, RunSection
 from repo_jax.data.batches import steps_per_epoch
+from repo_jax.data.chat import load_tokenizer
+from repo_jax.data.groups import GROUPS
 from repo_jax.data.rows import BUDGET, RowShape, sizes_of, suggest_shapes, too_long
 from repo_jax.data.store import TokenStore
 from repo_jax.hardware import visible
+from repo_jax.logps import is_live
 from repo_jax.losses import DEFAULT_LOSS, Loss, make_loss
 from repo_jax.models.config import DecoderConfig
 from repo_jax.models.decoder import IN_VIEWS, Decoder, param_shapes
@@ -20,7 +27,11 @@ from repo_jax.models.hub import check_push
 from repo_jax.models.lora import adapter_shapes
 from repo_jax.models.pretrained import Pretrained, open_model
 from repo_jax.sharding import batch_ways, make_mesh, param_shardings
+from repo_jax.step import PASSED, needs_two_passes, takes_two_passes
 from repo_jax.stores import held_out_store, model_files, tokenizer_of, train_store
+
+# At the published gamma of 0.4 some 13 % of the pairs have reached it after a fifth of a run.
+GAMMA_QUANTILE = 0.9
 
 
 class Setup(NamedTuple):
@@ -28,7 +39,7 @@ class Setup(NamedTuple):
 
     recipe: Recipe  # with the loss's defaults and the dtypes that auto stands for filled in
     loss: Loss
-    hparams: dict[str, float]
+    hparams: dict[str, float | str]  # texts choose between forms
     pretrained: Pretrained
     tokenizer: object
     train: TokenStore | None
@@ -37,6 +48,9 @@ class Setup(NamedTuple):
     shapes: tuple[RowShape, ...]  # the largest, which holds every pair, and a few smaller ones
     total_steps: int
     push_to: str | None = None  # ORG/NAME of the Hub
+    # What the loss compares with; None: the model that is trained, before it is.
+    reference: Pretrained | None = None
+    gamma_quantile: float | None = None  # of the first margins, which gamma is to be; None: gamma is given
 
     @property
     def cfg(self) -> DecoderConfig:
@@ -53,6 +67,13 @@ class Setup(NamedTuple):
         if model.use_peft:
             return adapter_shapes(self.cfg, model.lora_r, model.lora_target_modules)
         return param_shapes(self.cfg, model.param_dtype)
+
+    @property
+    def live_shapes(self) -> dict | None:
+        """The reference model where it stays on the devices beside the one that is trained."""
+        if not is_live(self.loss) or self.recipe.model.use_peft:
+            return None
+        return self.pretrained.shapes(self.mesh, self.recipe.model.param_dtype)
 
     @property
     def frozen_shapes(self) -> dict | None:
@@ -97,6 +118,7 @@ def resolved(model: ModelSection, *, exact: bool) -> ModelSection:
     return dataclasses.replace(
         model,
         model_name_or_path=_absolute(model.model_name_or_path),
+        reference_model_name_or_path=_absolute(model.reference_model_name_or_path),
         compute_dtype=compute,
         param_dtype=kept if model.param_dtype == "auto" else model.param_dtype,
     )
@@ -118,16 +140,26 @@ def keep_programs(folder: str | None) -> None:
         jax.config.update("jax_compilation_cache_dir", folder)
 
 
-def set_up(recipe: Recipe, *, training: bool, pretrained: Pretrained | None = None) -> Setup:
+def set_up(
+    recipe: Recipe,
+    *,
+    training: bool,
+    pretrained: Pretrained | None = None,
+    loss: Loss | Callable | None = None,
+) -> Setup:
     """Loss, model, tokens, rows and mesh of a recipe; for training also how many updates there are.
 
-    `pretrained` stands in for the model that the recipe names.
+    `pretrained` stands in for the model that the recipe names; `loss`, a Loss or a function of PairLogps, for a loss_type.
 
     Raises ValueError or FileNotFoundError with a message that says what to change.
     """
     if training:
         _check_backend()
-    loss, hparams = make_loss(**recipe.loss)
+    name = recipe.loss.get("loss_type", DEFAULT_LOSS) if loss is None else name_of(loss)
+    given, quantile = without_auto(recipe.loss)
+    loss, hparams = make_loss(**given) if loss is None else own_loss(loss, given)
+    if quantile is not None:
+        _check_auto(name, loss, hparams, training=training)
     push_to = _push_to(recipe.run) if training else None
     pretrained = pretrained or open_model(model_files(recipe, weights=True))
     cfg = pretrained.cfg
@@ -153,7 +185,19 @@ def set_up(recipe: Recipe, *, training: bool, pretrained: Pretrained | None = No
                 f"lora_dropout={recipe.model.lora_dropout:g} leaves only mode direct, so that nothing would read "
                 f"two_pass_below={optim.two_pass_below:g}; leave one of them out"
             )
+        if takes_two_passes(loss):
+            raise ValueError(
+                f"lora_dropout={recipe.model.lora_dropout:g} needs mode direct, but loss '{name}' takes two passes; set it to 0"
+            )
         optim = dataclasses.replace(optim, mode="direct")
+    if training and takes_two_passes(loss):
+        if optim.mode == "direct":
+            raise ValueError(needs_two_passes(f"loss '{name}'"))
+        if optim.two_pass_below is not None:
+            raise ValueError(
+                f"loss '{name}' takes two passes always, so that nothing would read two_pass_below={optim.two_pass_below:g}; leave it out"
+            )
+        optim = dataclasses.replace(optim, mode="two_pass")
     tokenizer = tokenizer_of(recipe)
     if (largest := len(tokenizer)) > cfg.V:
         raise ValueError(
@@ -167,26 +211,176 @@ def set_up(recipe: Recipe, *, training: bool, pretrained: Pretrained | None = No
         raise ValueError(
             f"eval_steps={recipe.run.eval_steps} but there are no held-out pairs; give eval_dataset_name, or leave eval_steps out"
         )
-    for store in (train, held_out):
-        if store is not None and store.unpaired:
-            raise ValueError(
-                f"'{store.name}' is unpaired (prompt, completion, label) but loss '{recipe.loss.get('loss_type', DEFAULT_LOSS)}' compares two answers; give pairs"
-            )
+    train, held_out = (store and _with_needs(store, name, loss, recipe.data, tokenizer) for store in (train, held_out))
+    given = [one for one in (train, held_out) if one is not None]
+    reference = _reference(recipe, name, loss, cfg, tokenizer, given, training=training)
     mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor)
     param_shardings(param_shapes(cfg), mesh)
     if adapts:
         adapter_shapes(cfg, recipe.model.lora_r, recipe.model.lora_target_modules)
     _check_kernel(recipe.model, mesh)
-    shapes = _row_shapes(recipe, cfg, [store for store in (train, held_out) if store is not None], mesh)
+    stores = [store for store in (train, held_out) if store is not None]
+    shapes = _row_shapes(recipe, cfg, stores, mesh, sequences=1 + len(loss.groups))
     total_steps = _total_steps(recipe, train) if training else 0
     recipe = dataclasses.replace(
         recipe,
         optim=optim,
         data=_from_anywhere(recipe.data),
         model=resolved(recipe.model, exact=pretrained.adapter is not None or (training and not adapts)),
-        loss={"loss_type": DEFAULT_LOSS} | recipe.loss | hparams,
+        loss={"loss_type": name} | hparams | recipe.loss | ({} if quantile is None else {"gamma_quantile": quantile}),
     )
-    return Setup(recipe, loss, hparams, pretrained, tokenizer, train, held_out, mesh, shapes, total_steps, push_to)
+    found = loss, hparams, pretrained, tokenizer, train, held_out, mesh, shapes, total_steps, push_to, reference
+    return Setup(recipe, *found, quantile)
+
+
+def without_auto(loss: dict) -> tuple[dict, float | None]:
+    """The section without `gamma: auto`, and which quantile of the first margins that stands for; None where gamma is given."""
+    given = dict(loss)
+    quantile = given.pop("gamma_quantile", None)
+    if given.get("gamma") != "auto":
+        if quantile is not None:
+            raise ValueError(
+                f"gamma_quantile={quantile} but gamma is not auto, so that nothing would read it; leave it out"
+            )
+        return given, None
+    del given["gamma"]
+    quantile = GAMMA_QUANTILE if quantile is None else quantile
+    if isinstance(quantile, bool) or not isinstance(quantile, int | float) or not 0 <= quantile <= 1:
+        raise ValueError(f"gamma_quantile={quantile!r} must be a number from 0 to 1")
+    return given, float(quantile)
+
+
+def _check_auto(name: str, loss: Loss, hparams: dict, *, training: bool) -> None:
+    if "gamma" not in hparams:
+        raise ValueError(f"gamma=auto but loss '{name}' has no hyperparameter 'gamma'; leave it out")
+    if loss.reference or loss.layout != "pairs":
+        raise ValueError(
+            f"gamma=auto but the margins of loss '{name}' are not those of log-probs per token; give a number"
+        )
+    if not training:
+        raise ValueError("gamma=auto is found out by training; give the number that the run's recipe.yaml has")
+
+
+def name_of(loss: Loss | Callable) -> str:
+    """What a user's own loss is called."""
+    fn = loss.fn if isinstance(loss, Loss) else loss
+    return getattr(fn, "__name__", type(fn).__name__)
+
+
+def own_loss(loss: Loss | Callable, given: dict) -> tuple[Loss, dict[str, float | str]]:
+    """A user's own loss, and its hyperparameters with those of the recipe."""
+    name = name_of(loss)
+    loss = loss if isinstance(loss, Loss) else Loss(loss)
+    _, *parameters = inspect.signature(loss.fn).parameters.values()  # the first is the pairs
+    accepted = {one.name: one.default for one in parameters if one.name not in PASSED}
+    for key, value in given.items():
+        if key == "loss_type" and value == name:
+            continue
+        if key not in accepted:
+            takes = f"it takes {', '.join(accepted)}" if accepted else "it takes none"
+            raise ValueError(f"loss '{name}' has no hyperparameter '{key}'; {takes}")
+        if isinstance(accepted[key], str | bool):
+            if type(value) is not type(accepted[key]):
+                kind = "a text" if isinstance(accepted[key], str) else "true or false"
+                raise ValueError(f"loss '{name}': {key}={value!r} must be {kind}")
+        elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"loss '{name}': {key}={value!r} must be a number")
+    unset = [key for key, value in accepted.items() if value is inspect.Parameter.empty and key not in given]
+    if unset:
+        raise ValueError(f"loss '{name}' needs {', '.join(unset)}; give recipe.loss.{unset[0]}")
+    chosen = accepted | {key: value for key, value in given.items() if key != "loss_type"}
+    return loss, {key: value if isinstance(value, str | bool) else float(value) for key, value in chosen.items()}
+
+
+def _with_needs(store: TokenStore, name: str, loss: Loss, data: DataSection, tokenizer) -> TokenStore:
+    """The store serving what the loss needs of the data. Raises ValueError where the data lack it."""
+    if store.unpaired and loss.layout == "pairs":
+        raise ValueError(
+            f"'{store.name}' is unpaired (prompt, completion, label) but loss '{name}' compares two answers; give pairs"
+        )
+    for column in loss.columns:
+        _check_column(store, column, f"loss '{name}' needs the column '{column}'")
+    for k, side in enumerate(("chosen", "rejected")):
+        there = store.lengths[:, 1 + k] > 0
+        for column in loss.answer_columns if there.any() else ():
+            _check_column(store, f"{column}_{side}", f"loss '{name}' needs the column '{column}_{side}'", there)
+    if unset := [option for option in loss.data if getattr(data, option) in (None, False)]:
+        raise ValueError(f"loss '{name}' needs {unset[0]}, which is not set; set it in the data section")
+    if loss.reference:
+        _check_own_reference(store, data)
+    for group in loss.groups:
+        if group not in GROUPS:
+            raise ValueError(
+                f"loss '{name}' needs '{group}' sequences, which no data brings; there are {', '.join(GROUPS)}"
+            )
+    columns = *loss.columns, *loss.answer_columns
+    return store.serving(columns=columns, groups={group: GROUPS[group](store, tokenizer) for group in loss.groups})
+
+
+def _check_column(store: TokenStore, column: str, needs: str, there_B: np.ndarray | None = None) -> None:
+    """`there_B`: the pairs that must have it; None: all."""
+    values = store.columns.get(column)
+    if values is None:
+        has = f"it has {', '.join(sorted(store.columns))}" if store.columns else "it has no such numbers"
+        raise ValueError(f"{needs}, which '{store.name}' does not have ({has}); add it, or choose another loss")
+    without = np.flatnonzero(np.isnan(values) if there_B is None else np.isnan(values) & there_B)
+    if len(without):
+        raise ValueError(
+            f"{needs}, which {len(without)} of the {len(values)} pairs of '{store.name}' lack (the first: {store.plain(int(without[0])).id}); "
+            "add it there, or leave these rows out"
+        )
+
+
+def own_reference(store: TokenStore) -> tuple[str, ...]:
+    """The columns in which the data bring the log-probs of whole answers under a reference model, under TRL's names; () where they do not."""
+    names = ("ref_logps",) if store.unpaired else ("ref_chosen_logps", "ref_rejected_logps")
+    return names if any(name in store.columns for name in names) else ()
+
+
+def _check_own_reference(store: TokenStore, data: DataSection) -> None:
+    for column in (names := own_reference(store)):
+        _check_column(
+            store, column, f"log-probs under the reference model want {' and '.join(names)} whole: '{column}'"
+        )
+    weighted = [name for name in ("use_poet", "ld_alpha", "temporal_decay") if getattr(data, name) not in (None, False)]
+    if names and weighted:
+        raise ValueError(
+            f"'{store.name}' brings {' and '.join(names)}, which are of whole answers, but {weighted[0]} makes tokens count differently; "
+            f"remove these columns, or leave {weighted[0]} out"
+        )
+
+
+def _reference(
+    recipe: Recipe, name: str, loss: Loss, cfg: DecoderConfig, tokenizer, stores: list[TokenStore], *, training: bool
+) -> Pretrained | None:
+    """The reference model where it is another than the one that is trained."""
+    model, given = recipe.model, recipe.model.reference_model_name_or_path
+    if not loss.reference:
+        if given is not None:
+            raise ValueError(
+                f"reference_model_name_or_path='{given}' but loss '{name}' compares with no reference model; leave it out"
+            )
+        return None
+    if given is None:
+        if not training and not all(map(own_reference, stores)):
+            raise ValueError(
+                f"loss '{name}' compares '{model.model_name_or_path}' with a reference model; give reference_model_name_or_path, the model it was trained from"
+            )
+        return None
+    like = dataclasses.replace(model, model_name_or_path=given, model_revision=None)
+    files = model_files(dataclasses.replace(recipe, model=like), weights=True)
+    found, theirs = open_model(files), load_tokenizer(str(files.tokenizer))
+    if found.cfg.labels:
+        raise ValueError(f"reference_model_name_or_path='{given}' gives tokens no probability; give a language model")
+    if is_live(loss) and found.cfg != cfg:
+        raise ValueError(
+            f"loss '{name}' compares whole distributions, for which reference_model_name_or_path='{given}' must be of the same architecture as '{model.model_name_or_path}'"
+        )
+    if theirs.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"reference_model_name_or_path='{given}' has other tokens than '{model.model_name_or_path}'; give a model with the same tokenizer"
+        )
+    return found
 
 
 def _absolute(name: str | None) -> str | None:
@@ -223,8 +417,11 @@ def _check_backend() -> None:
 
 def _check_kernel(model: ModelSection, mesh: Mesh) -> None:
     platform, name = _platform(mesh), model.attn_implementation
-    if name == "splash" and platform != "tpu":
-        raise ValueError(f"attn_implementation={name} runs on TPUs but the devices are {platform}s; leave it at auto")
+    needed = {"splash": "tpu", "triton": "gpu"}.get(name, platform)
+    if platform != needed:
+        raise ValueError(
+            f"attn_implementation={name} runs on {needed.upper()}s but the devices are {platform}s; leave it at auto"
+        )
     if name == "blocked" and (platform != "cpu" or mesh.size > 1):
         raise ValueError(
             f"attn_implementation={name} is for one CPU device but there are {mesh.size} of {platform}; leave it at auto"
@@ -235,11 +432,16 @@ def _check_kernel(model: ModelSection, mesh: Mesh) -> None:
         )
 
 
-def _row_shapes(recipe: Recipe, cfg: DecoderConfig, stores: list[TokenStore], mesh: Mesh) -> tuple[RowShape, ...]:
+def _row_shapes(
+    recipe: Recipe, cfg: DecoderConfig, stores: list[TokenStore], mesh: Mesh, *, sequences: int
+) -> tuple[RowShape, ...]:
+    """`sequences` is how many there are for each pair, itself included."""
+    # Sequences that bring no lengths are no longer than the pairs.
+    stores = stores + [group for store in stores for group in store.groups.values() if hasattr(group, "lengths")]
     data, table = recipe.data, sizes_of(stores)
     shapes = suggest_shapes(
         *table,
-        B=recipe.optim.train_batch_size,
+        B=recipe.optim.train_batch_size * sequences,
         ways=batch_ways(mesh),
         row_length=data.row_length,
         scored_length=data.scored_length,
@@ -251,8 +453,10 @@ def _row_shapes(recipe: Recipe, cfg: DecoderConfig, stores: list[TokenStore], me
     for sizes, room in ((table.slots_B, T), (table.scored_B, S)):
         if sizes.max() > room:
             largest = int(sizes.argmax())
-            store = stores[0] if largest < len(stores[0]) else stores[1]
-            raise too_long(store[largest - (store is not stores[0]) * len(stores[0])], T, S)
+            for store in stores:
+                if largest < len(store):
+                    raise too_long(store[largest], T, S)
+                largest -= len(store)
     return shapes
 
 

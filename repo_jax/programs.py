@@ -9,7 +9,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from repo_jax.config import Recipe
-from repo_jax.data.rows import RowBatch, RowShape
+from repo_jax.data.rows import Known, RowBatch, RowShape
+from repo_jax.logps import is_live
 from repo_jax.losses import make_loss
 from repo_jax.memory import held_in_training
 from repo_jax.models.config import DecoderConfig
@@ -19,7 +20,7 @@ from repo_jax.optimizer import make_optimizer
 from repo_jax.preparation import decoder
 from repo_jax.sharding import BATCH, param_shardings
 from repo_jax.state import TrainState, state_shapes, state_shardings, variables_of
-from repo_jax.step import Gathered, add_direct, add_weighted, no_pairs, score, update
+from repo_jax.step import Gathered, Slopes, add_direct, add_weighted, bound, no_pairs, score, update
 
 
 def with_dtypes(recipe: Recipe) -> Recipe:
@@ -51,11 +52,14 @@ class Held:
 
     def __init__(self, recipe: Recipe, cfg: DecoderConfig, mesh):
         trained, frozen = trained_and_frozen(recipe, cfg)
-        self.optimizer = make_optimizer(recipe.optim, 100)
-        self.shapes = state_shapes(trained, self.optimizer)
+        self.optimizer, loss = make_optimizer(recipe.optim, 100), make_loss(**recipe.loss)[0]
+        self.shapes = state_shapes(trained, self.optimizer, loss)
         self.shardings: TrainState = state_shardings(self.shapes, self.optimizer, mesh)
         self.frozen = None if frozen is None else sharded(frozen, param_shardings(frozen, mesh))
-        self.bytes = held_in_training(self.shapes, self.shardings, self.frozen)
+        whole = sharded(param_shapes(cfg, recipe.model.param_dtype), param_shardings(param_shapes(cfg), mesh))
+        self.live = {"params": whole if self.frozen is None else self.frozen} if is_live(loss) else None
+        beside = None if self.live is None or self.frozen is not None else whole
+        self.bytes = held_in_training(self.shapes, self.shardings, self.frozen, beside)
 
 
 class Programs:
@@ -65,16 +69,22 @@ class Programs:
     """
 
     def __init__(self, recipe: Recipe, cfg: DecoderConfig, mesh: Mesh, shape: RowShape):
-        B = recipe.optim.train_batch_size
+        loss, hparams = bound(*make_loss(**recipe.loss))
+        B = recipe.optim.train_batch_size * (1 + len(loss.groups))
         held = Held(recipe, cfg, mesh)
         self.cfg, self.mesh, self.model = cfg, mesh, decoder(recipe.model, cfg, mesh)
-        self.loss, hparams = make_loss(**recipe.loss)
+        self.loss = loss
         self.optimizer, self.shardings, self.held, self.frozen = held.optimizer, held.shardings, held.bytes, held.frozen
+        self.live = held.live
         self.everywhere = NamedSharding(mesh, P())
         self.state = sharded(held.shapes, held.shardings)
         self.hparams = {name: self._whole((), jnp.float32) for name in hparams}
-        self.slopes_B2 = self._whole((B, 2), jnp.float32)
-        self.pairs = self._everywhere(jax.eval_shape(lambda: no_pairs(B)))
+        one_B2 = self._whole((B, 2), jnp.float32)
+        self.slopes = Slopes(one_B2, {name: one_B2 for name in loss.terms})
+        columns = {name: self._whole((B,), jnp.float32) for name in loss.columns}
+        columns |= {name: one_B2 for name in loss.answer_columns}
+        self.known = Known(one_B2, one_B2 if loss.reference else None, columns)
+        self.pairs = self._everywhere(jax.eval_shape(lambda: no_pairs(B, loss.terms)))
         self.dropout = self._everywhere(jax.eval_shape(lambda: jax.random.key(0))) if self.model.lora_dropout else None
         (R, T, S, Y), rows = shape, NamedSharding(mesh, BATCH)
         ints = {name: (R, T) for name in ("tokens_RT", "positions_RT", "segments_RT", "prompts_RT")}
@@ -103,7 +113,7 @@ class Programs:
     def beside(self, name: str) -> int:
         """Bytes that a device holds while the program runs and that are none of its arguments."""
         # The optimizer sees no frozen parameters, and every other program no moments.
-        kinds = ("frozen parameters",) if name == "update" else ("moments",)
+        kinds = ("frozen parameters", "reference parameters") if name == "update" else ("moments",)
         return sum(self.held.get(kind, 0) for kind in kinds)
 
     @property
@@ -113,23 +123,25 @@ class Programs:
         )
 
     def score(self):
-        fn = functools.partial(score, model=self.model)
-        return fn, (self.pairs, variables_of(self.state.params, self.frozen), self.batch), self.everywhere
+        fn = functools.partial(score, model=self.model, terms=self.loss.terms)
+        return fn, (self.pairs, variables_of(self.state.params, self.frozen, self.live), self.batch), self.everywhere
 
     def add_direct(self):
         fn = functools.partial(add_direct, model=self.model, loss=self.loss)
         gathered = Gathered(self.grads, self.pairs)
-        args = (gathered, self.state.params, self.frozen, self.batch, self.hparams, self.dropout)
+        progress = self._whole((), jnp.float32)
+        of_pairs = self.batch, self.known, self.hparams, progress
+        args = (gathered, self.state.params, self.frozen, self.live, *of_pairs, self.dropout)
         return fn, args, Gathered(self.shardings.params, self.everywhere)
 
     def add_weighted(self):
         fn = functools.partial(add_weighted, model=self.model)
-        args = (self.grads, self.state.params, self.frozen, self.batch, self.slopes_B2)
+        args = (self.grads, self.state.params, self.frozen, self.live, self.batch, self.slopes)
         return fn, args, self.shardings.params
 
     def update(self):
         fn = functools.partial(update, optimizer=self.optimizer)
-        args = (self.state, self.grads, *(self._whole((), jnp.float32),) * 2)
+        args = (self.state, self.grads, *(self._whole((), jnp.float32),) * 2, self.state.loss_state)
         return fn, args, (self.shardings, self.everywhere, self.everywhere)
 
 

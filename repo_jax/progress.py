@@ -22,6 +22,7 @@ from repo_jax.distributed import primary
 from repo_jax.evaluation import Evaluation
 from repo_jax.flops import flops_of, lengths_of
 from repo_jax.hardware import chip_of, peak_memory
+from repo_jax.metrics import as_numbers
 from repo_jax.models.decoder import param_shapes
 from repo_jax.optimizer import learning_rate
 from repo_jax.preparation import Setup
@@ -141,7 +142,7 @@ class Log:
         if self._pending is None:
             return
         (step, metrics, flops, ids), self._pending = self._pending, None
-        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        metrics = as_numbers(metrics)
         skipped = not math.isfinite(metrics["loss"] + metrics["grad_norm"])
         self._skipped = self._skipped + 1 if skipped else 0
         if skipped:
@@ -214,10 +215,17 @@ class Log:
 def describe(setup: Setup) -> str:
     """What a run is, in a few lines."""
     recipe = setup.recipe
-    objective = ", ".join(f"{name} {value:g}" for name, value in setup.hparams.items())
+    chosen = {name: recipe.loss.get(name, value) for name, value in setup.hparams.items()}
+    objective = ", ".join(
+        f"{name} {value if isinstance(value, str) else format(value, 'g')}" for name, value in chosen.items()
+    )
     lines = [
         f"{recipe.loss['loss_type']} ({objective}) on {recipe.model.model_name_or_path}, in {recipe.model.compute_dtype}"
     ]
+    if setup.loss.reference:
+        lines.append(
+            f"compared with {recipe.model.reference_model_name_or_path or recipe.model.model_name_or_path + ' as it is'}"
+        )
     if recipe.model.use_peft:
         trained, whole = (
             sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (setup.trained_shapes, param_shapes(setup.cfg))
@@ -227,7 +235,8 @@ def describe(setup: Setup) -> str:
         )
     for name, store in (("training", setup.train), ("held-out", setup.held_out)):
         if store is not None:
-            lines.append(f"{name}: {len(store)} pairs of {store.name} ({store.schema})")
+            kind = "rows" if store.unpaired else "pairs"
+            lines.append(f"{name}: {len(store)} {kind} of {store.name} ({store.schema})")
             lines += [f"  {line}" for line in store.counts()]
     data, usual = recipe.data, DataSection()
     options = [f"{name} {getattr(data, name)}" for name in TOKEN_OPTIONS if getattr(data, name) != getattr(usual, name)]

@@ -15,7 +15,7 @@ SUMMARY = {
 
 def summary_rows(before: dict, after: dict) -> list[tuple[str, float, float]]:
     """(what, before, after) for the three numbers that matter."""
-    return [(words, before[name], after[name]) for name, words in SUMMARY.items()]
+    return [(words, before[name], after[name]) for name, words in SUMMARY.items() if name in before]
 
 
 def summary_text(before: dict, after: dict) -> str:

@@ -1,5 +1,6 @@
 """What a run keeps in its folder, and whose folder it is."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -108,7 +109,7 @@ def identity(setup: Setup) -> dict:
         "data": {"train": setup.train.key, "held_out": setup.held_out and setup.held_out.key},
         # A checkpoint of adapters holds them alone: what they lie over must stay what it was.
         "base": {"weights": fingerprint(setup.pretrained.files.weights)},
-    }
+    } | ({} if setup.reference is None else {"reference": {"weights": fingerprint(setup.reference.files.weights)}})
 
 
 # Where a host keeps what it has worked out is its own affair.
@@ -169,10 +170,19 @@ def claim(setup: Setup) -> None:
         if not trained:
             write_base(setup.pretrained.files, setup.cfg, setup.tokenizer, folder / "base")
             write_whole(claimed, yaml.safe_dump(own, sort_keys=False, allow_unicode=True))
+        if setup.gamma_quantile is not None and trained and (gamma := found_gamma(folder)) is not None:
+            recipe = dataclasses.replace(recipe, loss=recipe.loss | {"gamma": gamma})
         write_whole(folder / "recipe.yaml", dump_recipe(recipe))
     if run.url is not None:
         _send_all(run)
     wait_for_all("claimed output_dir")
+
+
+def found_gamma(folder: pathlib.Path) -> float | None:
+    """What the run of the folder has found gamma to be, where that is auto."""
+    path = folder / "recipe.yaml"
+    gamma = yaml.safe_load(path.read_text(encoding="utf-8"))["loss"].get("gamma") if path.exists() else None
+    return gamma if isinstance(gamma, float) else None
 
 
 def _check_url(url: str) -> None:
@@ -243,9 +253,8 @@ def save_evaluation(folder: pathlib.Path, when: str, evaluation: Evaluation) -> 
     """Adds one side, before or after, to eval_results.json; process 0 writes."""
     if not primary():
         return
-    margins_B = evaluation.margins_B
-    np.save(folder / f"margins_{when}.npy", margins_B)
-    results = (read_results(folder) or {}) | {"pairs": len(margins_B)}
+    np.save(folder / f"margins_{when}.npy", evaluation.margins_B)
+    results = (read_results(folder) or {}) | {"pairs": evaluation.pairs}
     results[when] = summarize(evaluation)
     write_whole(folder / "eval_results.json", json.dumps(results, indent=2) + "\n")
 

@@ -3,9 +3,11 @@
 Axis letters: R rows, T token slots, S scored tokens, B pairs of the global batch; 2 is (chosen, rejected).
 """
 
+import copy
 import functools
+import inspect
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,97 +16,219 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from repo_jax.data.rows import RowBatch, RowShape, row_batches
+from repo_jax.data.rows import Known, RowBatch, RowShape, known_of, row_batches
 from repo_jax.data.schema import PairTokens
 from repo_jax.distributed import from_primary
 from repo_jax.logps import exact_matmuls, pair_logps, weighted_logps
-from repo_jax.losses import Loss, PairLogps
+from repo_jax.losses import Loss, LossOut, PairLogps
 from repo_jax.metrics import preference_metrics
 from repo_jax.models.decoder import Decoder
 from repo_jax.optimizer import apply_updates
 from repo_jax.sharding import BATCH
-from repo_jax.state import TrainState, variables_of
+from repo_jax.state import TrainState, initial_loss_state, variables_of
+
+
+def _put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def place(batch: RowBatch, mesh: Mesh) -> RowBatch:
-    """Rows spread over data and fsdp, the rest on every device; each process copies its own rows only."""
+    """Rows spread over data and fsdp, the rest on every device; each process copies its own rows only. What is known stays behind."""
+    arrays = {name: array for name, array in batch._asdict().items() if array is not None and name != "known"}
+    spread, everywhere = NamedSharding(mesh, BATCH), NamedSharding(mesh, P())
+    return RowBatch(
+        **{name: _put(array, everywhere if name == "filled_B" else spread) for name, array in arrays.items()}
+    )
 
-    def put(name, array):
-        sharding = NamedSharding(mesh, P() if name == "filled_B" else BATCH)
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
-    return RowBatch(**{name: put(name, array) for name, array in batch._asdict().items() if array is not None})
+def place_known(known: Known, mesh: Mesh) -> Known:
+    return jax.tree.map(lambda array: _put(array, NamedSharding(mesh, P())), known)
+
+
+def takes_two_passes(loss: Loss) -> bool:
+    """Whether only two passes are exact: the loss mixes log-probs of several pairs, or of a pair and its groups, which other rows hold."""
+    return loss.coupled or loss.initial_state is not None or bool(loss.groups)
+
+
+def needs_two_passes(what: str) -> str:
+    return f"mode=direct but {what} mixes the log-probs of several pairs, for which only two passes are exact; set mode to auto"
+
+
+def sequences(pairs: Sequence[PairTokens], groups: Sequence[str]) -> list[PairTokens]:
+    """All that is scored for these pairs: each followed by its groups."""
+    return [one for pair in pairs for one in (pair, *(pair.groups[name] for name in groups))] if groups else list(pairs)
 
 
 class Gathered(NamedTuple):
     """What micro-batches add up to."""
 
     grads: dict  # of the sum over the pairs so far divided by B; added in float32, though bfloat16 parameters round each part
-    pairs: PairLogps  # zero where a pair has not come yet
+    pairs: PairLogps  # as scored; zero where a pair has not come yet
 
 
-def no_pairs(B: int) -> PairLogps:
-    return PairLogps(jnp.zeros((B, 2), jnp.float32), jnp.zeros((B, 2), jnp.float32))
+class Slopes(NamedTuple):
+    """d mean loss / d what was scored, of all sequences."""
+
+    logps_B2: jax.Array
+    terms: dict[str, jax.Array]
+
+
+class Weighed(NamedTuple):
+    """What a loss makes of all pairs of a global batch."""
+
+    slopes: Slopes
+    metrics: dict[str, jax.Array]
+    state: Any  # of the loss, after this batch
+
+
+def no_pairs(B: int, terms: Sequence[str] = ()) -> PairLogps:
+    zeros = jnp.zeros((B, 2), jnp.float32)
+    return PairLogps(zeros, zeros, terms={name: zeros for name in terms})
 
 
 def add(one, other):
     return jax.tree.map(jnp.add, one, other)
 
 
-def score(pairs: PairLogps, variables: dict, batch: RowBatch, *, model: Decoder) -> PairLogps:
+def score(
+    pairs: PairLogps, variables: dict, batch: RowBatch, *, model: Decoder, terms: Sequence[str] = ()
+) -> PairLogps:
     """The pairs so far and those of this batch; a pair is in exactly one batch, so sums put them together."""
-    return add(pairs, pair_logps(model, variables, batch))
+    return add(pairs, pair_logps(model, variables, batch, terms=terms))
+
+
+def join(scored: PairLogps, known: Known | None, *, groups: Sequence[str] = ()) -> PairLogps:
+    """What a loss looks at: what was scored with what is known, the groups apart."""
+    if known is not None:
+        scored = scored._replace(
+            lengths_B2=known.lengths_B2, reference_B2=known.reference_B2, columns=dict(known.columns)
+        )
+    if not groups:
+        return scored
+    step = 1 + len(groups)
+    parts = [jax.tree.map(lambda x, first=first: x[first::step], scored) for first in range(step)]
+    apart = {name: part._replace(columns={}) for name, part in zip(groups, parts[1:], strict=True)}
+    return parts[0]._replace(groups=apart)
+
+
+def _together(pairs: PairLogps, groups: Sequence[str]) -> Slopes:
+    """The inverse of join, of slopes."""
+    parts = [pairs, *(pairs.groups[name] for name in groups)]
+    parts = [Slopes(part.logps_B2, dict(part.terms)) for part in parts]
+    return jax.tree.map(lambda *xs: jnp.stack(xs, axis=1).reshape(-1, 2), *parts)
+
+
+def quiet(pairs: PairLogps, here_B2) -> PairLogps:
+    """Harmless numbers for answers that are not here, so that no loss makes an infinity of them, whose gradient no mask would stop."""
+    nothing_B2 = -jnp.maximum(pairs.lengths_B2, 1)
+
+    def kept(x_B2):
+        return None if x_B2 is None else jnp.where(here_B2, x_B2, nothing_B2)
+
+    return pairs._replace(
+        logps_B2=kept(pairs.logps_B2),
+        reference_B2=kept(pairs.reference_B2),
+        groups={name: quiet(group, group.there_B2) for name, group in pairs.groups.items()},
+    )
+
+
+# What a loss is passed under these names, if its signature has them; all else there is a hyperparameter.
+PASSED = ("state", "progress", "training")
+
+
+def bound(loss: Loss, hparams: dict) -> tuple[Loss, dict[str, np.float32]]:
+    """The loss with those hyperparameters settled that choose between forms (texts), and the others, which programs take as numbers."""
+    chosen = {name: value for name, value in hparams.items() if isinstance(value, str | bool)}
+    numbers = {name: np.float32(value) for name, value in hparams.items() if name not in chosen}
+    return (loss._replace(fn=functools.partial(loss.fn, **chosen)) if chosen else loss), numbers
+
+
+def evaluate(loss: Loss, pairs: PairLogps, hparams: dict, state, progress, *, training: bool) -> LossOut:
+    """The loss of pairs, with what its signature asks for beside hyperparameters."""
+    own = dict(zip(PASSED, (state, progress, training), strict=True))
+    takes = inspect.signature(loss.fn).parameters
+    out = loss.fn(pairs, **hparams, **{name: value for name, value in own.items() if name in takes})
+    return out if isinstance(out, LossOut) else LossOut(out)
+
+
+def mean_of(values, lengths_B2, here_B2, *, layout: str):
+    """The part that those here have in the mean over all pairs that are there, or over all answers where there is a value for each."""
+    there_B2 = lengths_B2 > 0
+    if values.ndim == 1:
+        whole = jnp.all if layout == "pairs" else jnp.any
+        there_B2, here_B2 = whole(there_B2, axis=1), whole(here_B2, axis=1)
+    return jnp.sum(values, where=here_B2) / jnp.maximum(jnp.sum(there_B2), 1)
 
 
 def add_direct(
     gathered: Gathered,
     params: dict,
     frozen: dict | None,
+    live: dict | None,
     batch: RowBatch,
+    known: Known,
     hparams: dict,
+    progress,
     dropout,
     *,
     model: Decoder,
     loss: Loss,
 ) -> Gathered:
-    """Forward and backward of the loss over the pairs of this batch. Divides by B, the pairs of the global batch."""
+    """Forward and backward of the loss over the pairs of this batch, as their part of the mean over the global batch."""
 
     def objective(params):
-        pairs = pair_logps(model, variables_of(params, frozen), batch, dropout=dropout)
-        return jnp.sum(loss.fn(pairs, **hparams), where=batch.filled_B) / len(batch.filled_B), pairs
+        scored = pair_logps(model, variables_of(params, frozen, live), batch, dropout=dropout, terms=loss.terms)
+        pairs = join(scored, known)
+        here_B2 = pairs.there_B2 & batch.filled_B[:, None]
+        out = evaluate(loss, quiet(pairs, here_B2), hparams, None, progress, training=True)
+        return mean_of(out.values, pairs.lengths_B2, here_B2, layout=loss.layout), scored
 
     with exact_matmuls(model.dtype):  # also the rules of custom derivatives, which are traced here
-        grads, pairs = jax.grad(objective, has_aux=True)(params)
-    return add(gathered, Gathered(grads, pairs))
+        grads, scored = jax.grad(objective, has_aux=True)(params)
+    return add(gathered, Gathered(grads, scored))
 
 
-def add_weighted(grads: dict, params: dict, frozen: dict | None, batch: RowBatch, slopes_B2, *, model: Decoder) -> dict:
+def add_weighted(
+    grads: dict,
+    params: dict,
+    frozen: dict | None,
+    live: dict | None,
+    batch: RowBatch,
+    slopes: Slopes,
+    *,
+    model: Decoder,
+) -> dict:
     """Backward of a log-likelihood weighted by constant slopes: the chain rule's second half."""
 
     def objective(params):
-        return weighted_logps(model, variables_of(params, frozen), batch, slopes_B2)
+        return weighted_logps(model, variables_of(params, frozen, live), batch, *slopes)
 
     with exact_matmuls(model.dtype):
         return add(grads, jax.grad(objective)(params))
 
 
-def weigh(pairs: PairLogps, hparams: dict, *, loss: Loss) -> tuple[jax.Array, dict]:
-    """slopes_B2 = d mean loss / d log-prob of every answer, over the whole global batch, and the metrics."""
+def weigh(pairs: PairLogps, hparams: dict, state, progress, *, loss: Loss, training: bool) -> Weighed:
+    """The slopes of the mean loss over the whole global batch, and the metrics."""
 
-    def objective(logps_B2):
-        losses_B = loss.fn(pairs._replace(logps_B2=logps_B2), **hparams)
-        return jnp.sum(losses_B, where=pairs.lengths_B2[:, 0] > 0) / len(losses_B), losses_B
+    def objective(pairs):
+        out = evaluate(loss, quiet(pairs, pairs.there_B2), hparams, state, progress, training=training)
+        value = mean_of(out.values, pairs.lengths_B2, pairs.there_B2, layout=loss.layout)
+        return value, (value, out)
 
-    slopes_B2, losses_B = jax.grad(objective, has_aux=True)(pairs.logps_B2)
-    return slopes_B2, preference_metrics(pairs, losses_B, slopes_B2, hparams)
+    by_pairs, (value, out) = jax.grad(objective, has_aux=True)(pairs)
+    metrics = {"loss": value} | preference_metrics(pairs, by_pairs, hparams) | dict(out.metrics)
+    if out.state is not None:
+        state = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), out.state, state)
+    return Weighed(_together(by_pairs, loss.groups), metrics, state)
 
 
 def update(
-    state: TrainState, grads: dict, active, loss, *, optimizer: optax.GradientTransformation
+    state: TrainState, grads: dict, active, loss, loss_state, *, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, jax.Array, jax.Array]:
     """The new state, the gradient's norm before clipping, and the running share of tokens that had a gradient.
 
-    Where the loss or the norm is not finite, parameters and moments stay as they are; the update and its learning rate are gone.
+    Where the loss or the norm is not finite, parameters, moments and the loss's state stay as they are; the update and its learning rate
+    are gone.
     """
     norm = optax.tree.norm(grads)
     sound = jnp.isfinite(norm) & jnp.isfinite(loss)
@@ -121,31 +245,62 @@ def update(
     )
     running = jnp.where(sound, 0.9 * state.active_2[1] + 0.1 * active, state.active_2[1])
     active_2 = jnp.stack([state.active_2[1], running])
-    return TrainState(state.step + 1, kept(params, state.params), opt_state, active_2), norm, running
+    kept_state = TrainState(
+        state.step + 1, kept(params, state.params), opt_state, active_2, kept(loss_state, state.loss_state)
+    )
+    return kept_state, norm, running
 
 
 class Scorer:
-    """Scores pairs in rows of a few shapes on one mesh."""
+    """Scores pairs in rows of a few shapes on one mesh, and weighs them by a loss."""
 
     def __init__(self, model: Decoder, loss: Loss, hparams: dict, mesh: Mesh, shapes: Sequence[RowShape]):
-        everywhere = NamedSharding(mesh, P())
-        self.mesh, self.shapes = mesh, shapes
-        self.hparams = jax.device_put({name: np.float32(value) for name, value in hparams.items()}, everywhere)
-        self._score = jax.jit(functools.partial(score, model=model), donate_argnums=0, out_shardings=everywhere)
-        self._weigh = jax.jit(functools.partial(weigh, loss=loss), out_shardings=everywhere)
-        self.no_pairs = jax.jit(no_pairs, static_argnums=0, out_shardings=everywhere)
+        self._everywhere = everywhere = NamedSharding(mesh, P())
+        self.model, self.mesh, self.shapes = model, mesh, shapes
+        self._score = jax.jit(
+            functools.partial(score, model=model), donate_argnums=0, out_shardings=everywhere, static_argnames="terms"
+        )
+        self.no_pairs = jax.jit(no_pairs, static_argnums=(0, 1), out_shardings=everywhere)
+        self._join = jax.jit(join, out_shardings=everywhere, static_argnames="groups")
+        self._take(loss, hparams)
+
+    def _take(self, loss: Loss, hparams: dict) -> None:
+        self.loss, numbers = bound(loss, hparams)
+        self.hparams = jax.device_put(numbers, self._everywhere)
+        self.initial_state = jax.device_put(initial_loss_state(loss), self._everywhere)
+        self._weigh = jax.jit(
+            functools.partial(weigh, loss=self.loss), out_shardings=self._everywhere, static_argnames="training"
+        )
+
+    def of(self, loss: Loss, hparams: dict) -> "Scorer":
+        """The same for another loss; the programs that score are shared."""
+        other = copy.copy(self)
+        other._take(loss, hparams)
+        return other
+
+    def rows(self, pairs: Sequence[PairTokens], *, B: int | None = None) -> list[RowBatch]:
+        """The rows of pairs and their groups, with room for B pairs; no device is touched."""
+        room = None if B is None else B * (1 + len(self.loss.groups))
+        return row_batches(sequences(pairs, self.loss.groups), self.shapes, B=room)
 
     def __call__(self, variables: dict, batches: Sequence[RowBatch]) -> PairLogps:
         """The log-probs of every pair in the batches, which share one numbering of pairs."""
+        terms = tuple(self.loss.terms)
         with jax.set_mesh(self.mesh):
-            pairs = self.no_pairs(len(batches[0].filled_B))
+            scored = self.no_pairs(len(batches[0].filled_B), terms)
             for batch in batches:
-                pairs = self._score(pairs, variables, place(batch, self.mesh))
-        return pairs
+                scored = self._score(scored, variables, place(batch, self.mesh), terms=terms)
+            known = batches[0].known
+            return self.join(scored, None if known is None else place_known(known, self.mesh))
 
-    def weigh(self, pairs: PairLogps) -> tuple[jax.Array, dict]:
+    def join(self, scored: PairLogps, known: Known | None) -> PairLogps:
+        return self._join(scored, known, groups=tuple(self.loss.groups))
+
+    def weigh(self, pairs: PairLogps, state=None, progress=0.0, *, training: bool = False) -> Weighed:
+        """`state` is the loss's; None: its first. `progress` is the share of updates done, 0 to 1."""
+        state = self.initial_state if state is None else state
         with jax.set_mesh(self.mesh):
-            return self._weigh(pairs, self.hparams)
+            return self._weigh(pairs, self.hparams, state, progress, training=training)
 
 
 def break_even(remat: str, *, adapters: bool = False) -> float:
@@ -167,8 +322,11 @@ class TrainStep:
     while the running share of tokens with a gradient, as of the update before last, is below `two_pass_below`: that number is
     there without waiting for an update that runs, and it is part of the state, so that runs and hosts never disagree.
 
-    `frozen` are the parameters under the adapters that are trained, None where all parameters are. `seed` decides what the
-    adapters' dropout drops, which depends also on the update and on how pairs lie in rows.
+    `frozen` are the parameters under the adapters that are trained, None where all parameters are; `live` are the variables of a reference
+    model that runs along, for terms that want its distribution. `seed` decides what the
+    adapters' dropout drops, which depends also on the update and on how pairs lie in rows. `total_steps` is what progress is a share of.
+
+    Losses that only two passes are exact for (takes_two_passes) take two passes in mode auto too.
     """
 
     def __init__(
@@ -182,22 +340,21 @@ class TrainStep:
         mode: str,
         two_pass_below: float | None = None,
         frozen: dict | None = None,
+        live: dict | None = None,
         seed: int = 0,
+        total_steps: int = 1,
     ):
         everywhere = NamedSharding(scorer.mesh, P())
-        self._scorer, self._mode, self._frozen = scorer, mode, frozen
+        self._frozen, self._live, self._shardings = frozen, live, shardings
         self._below = break_even(model.remat, adapters=frozen is not None) if two_pass_below is None else two_pass_below
-        self._lately = None  # active_2 as numbers of their own, which no later update uses up
         self._dropout = jax.device_put(jax.random.key(seed), everywhere) if model.lora_dropout else None
         self._fold = jax.jit(jax.random.fold_in, out_shardings=everywhere)
+        self._progress = jax.jit(
+            lambda update: jnp.minimum(jnp.float32(update) / total_steps, 1.0), out_shardings=everywhere
+        )
         self._zeros = jax.jit(
             lambda params: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params),
             out_shardings=shardings.params,
-        )
-        self._add_direct = jax.jit(
-            functools.partial(add_direct, model=model, loss=loss),
-            donate_argnums=0,
-            out_shardings=Gathered(shardings.params, everywhere),
         )
         self._add_weighted = jax.jit(
             functools.partial(add_weighted, model=model), donate_argnums=0, out_shardings=shardings.params
@@ -205,12 +362,30 @@ class TrainStep:
         self._update = jax.jit(
             functools.partial(update, optimizer=optimizer),
             donate_argnums=0,
-            out_shardings=(shardings, everywhere, everywhere),
+            out_shardings=(shardings._replace(loss_state=everywhere), everywhere, everywhere),
         )
+        self._take(scorer, mode)
+
+    def _take(self, scorer: Scorer, mode: str) -> None:
+        if takes_two_passes(scorer.loss) and mode == "direct":
+            raise ValueError(needs_two_passes("this loss"))
+        self._scorer, self._mode = scorer, "two_pass" if takes_two_passes(scorer.loss) else mode
+        self._lately = None  # active_2 as numbers of their own, which no later update uses up
+        self._add_direct = jax.jit(
+            functools.partial(add_direct, model=scorer.model, loss=scorer.loss),
+            donate_argnums=0,
+            out_shardings=Gathered(self._shardings.params, NamedSharding(scorer.mesh, P())),
+        )
+
+    def of(self, scorer: Scorer, mode: str) -> "TrainStep":
+        """The same for another loss: the programs of two passes are shared."""
+        other = copy.copy(self)
+        other._take(scorer, mode)
+        return other
 
     def rows(self, pairs: Sequence[PairTokens]) -> list[RowBatch]:
         """The rows of a global batch; no device is touched, so that a thread can build them ahead."""
-        return row_batches(pairs, self._scorer.shapes)
+        return self._scorer.rows(pairs)
 
     def mean_grads(
         self,
@@ -220,38 +395,59 @@ class TrainStep:
         update=0,
         rows: list[RowBatch] | None = None,
         form: str | None = None,
+        loss_state=None,
     ) -> tuple[dict, dict]:
         """The gradient of the mean loss over the pairs, float32, and metrics: device scalars that need not be waited for.
 
-        `update` is the number of the update, from 0; `form` is direct or two_pass, by default the mode.
+        `update` is the number of the update, from 0; `form` is direct or two_pass, by default the mode; `loss_state` is the loss's running
+        state, by default its first.
         """
+        grads, weighed = self._gradient(params, pairs, update, rows, form, loss_state)
+        return grads, weighed.metrics
+
+    def _gradient(self, params: dict, pairs, update, rows, form: str | None, loss_state) -> tuple[dict, Weighed]:
         form = form or ("direct" if self._mode == "auto" else self._mode)
         rows = self.rows(pairs) if rows is None else rows
-        gradient = self._direct if form == "direct" else self._two_pass
+        every = sequences(pairs, self._scorer.loss.groups)
+        known = rows[0].known or known_of(every, len(every))
+        if self._scorer.loss.reference and known.reference_B2 is None:
+            raise ValueError("the loss compares with a reference model, but the pairs have no log-probs under one")
+        if form == "direct" and takes_two_passes(self._scorer.loss):
+            raise ValueError(needs_two_passes("this loss"))
         with jax.set_mesh(self._scorer.mesh):
-            grads, metrics = gradient(params, pairs, rows, update)
-        used, slots = sum(pair.slots for pair in pairs), sum(batch.tokens_RT.size for batch in rows)
-        return grads, metrics | {"padding_fraction": 1 - used / slots, "two_pass": float(form == "two_pass")}
+            at = self._progress(update), loss_state
+            if form == "direct":
+                grads, weighed = self._direct(params, rows, known, update, *at)
+            else:
+                grads, weighed = self._two_pass(params, every, rows, *at)
+        used, slots = sum(one.slots for one in every), sum(batch.tokens_RT.size for batch in rows)
+        of_rows = {"padding_fraction": 1 - used / slots, "two_pass": float(form == "two_pass")}
+        return grads, weighed._replace(metrics=weighed.metrics | of_rows)
 
-    def _direct(self, params: dict, pairs, rows: list[RowBatch], update) -> tuple[dict, dict]:
-        scorer = self._scorer
-        gathered = Gathered(self._zeros(params), scorer.no_pairs(len(pairs)))
+    def _direct(self, params: dict, rows: list[RowBatch], known: Known, update, progress, loss_state):
+        scorer, known = self._scorer, place_known(known, self._scorer.mesh)
+        gathered = Gathered(self._zeros(params), scorer.no_pairs(len(known.lengths_B2), tuple(scorer.loss.terms)))
         dropout = None if self._dropout is None else self._fold(self._dropout, update)
         for i, batch in enumerate(rows):
             key = None if dropout is None else self._fold(dropout, i)
             batch = place(batch, scorer.mesh)
-            gathered = self._add_direct(gathered, params, self._frozen, batch, scorer.hparams, key)
-        return gathered.grads, scorer.weigh(gathered.pairs)[1]
+            gathered = self._add_direct(
+                *(gathered, params, self._frozen, self._live, batch, known, scorer.hparams, progress, key)
+            )
+        pairs = scorer.join(gathered.pairs, known)
+        return gathered.grads, scorer.weigh(pairs, loss_state, progress, training=True)
 
-    def _two_pass(self, params: dict, pairs, rows: list[RowBatch], update) -> tuple[dict, dict]:
+    def _two_pass(self, params: dict, every: list[PairTokens], rows: list[RowBatch], progress, loss_state):
         scorer = self._scorer
-        slopes_B2, metrics = scorer.weigh(scorer(variables_of(params, self._frozen), rows))
+        pairs = scorer(variables_of(params, self._frozen, self._live), rows)
+        weighed = scorer.weigh(pairs, loss_state, progress, training=True)
         # The one wait of this form: which answers to push back decides which rows there are, the same on all hosts.
-        slopes_B2 = from_primary(np.asarray(jax.device_get(slopes_B2)))
+        slopes = from_primary(jax.tree.map(np.asarray, jax.device_get(weighed.slopes)))
+        wanted_B2 = np.any([slopes_B2 != 0 for slopes_B2 in jax.tree.leaves(slopes)], axis=0)
         grads = self._zeros(params)
-        for batch in row_batches(pairs, scorer.shapes, wanted_B2=slopes_B2 != 0):
-            grads = self._add_weighted(grads, params, self._frozen, place(batch, scorer.mesh), slopes_B2)
-        return grads, metrics
+        for batch in row_batches(every, scorer.shapes, wanted_B2=wanted_B2):
+            grads = self._add_weighted(*(grads, params, self._frozen, self._live, place(batch, scorer.mesh), slopes))
+        return grads, weighed
 
     def form(self, state: TrainState) -> str:
         """direct or two_pass: what the next update takes. A TrainStep follows one chain of states, of which this is the newest."""
@@ -266,14 +462,18 @@ class TrainStep:
     ) -> tuple[TrainState, dict]:
         """The state after one update, and the metrics; the state that came in is used up."""
         form = self.form(state)
-        grads, metrics = self.mean_grads(state.params, pairs, update=state.step, rows=rows, form=form)
-        return self.apply(state, grads, metrics)
+        grads, weighed = self._gradient(state.params, pairs, state.step, rows, form, state.loss_state)
+        return self.apply(state, grads, weighed.metrics, weighed.state)
 
-    def apply(self, state: TrainState, grads: dict, metrics: dict) -> tuple[TrainState, dict]:
-        """The state after the optimizer took these gradients, and the metrics with their norm; the state that came in is used up."""
+    def apply(self, state: TrainState, grads: dict, metrics: dict, loss_state=None) -> tuple[TrainState, dict]:
+        """The state after the optimizer took these gradients, and the metrics with their norm; the state that came in is used up.
+
+        `loss_state` is the loss's running state after this batch; None: as it was.
+        """
         with jax.set_mesh(self._scorer.mesh):
             told = metrics["active_token_fraction"], metrics["loss"]
-            state, grad_norm, running = self._update(state, grads, *told)
+            loss_state = jax.tree.map(jnp.copy, state.loss_state) if loss_state is None else loss_state
+            state, grad_norm, running = self._update(state, grads, *told, loss_state)
         if self._lately is not None:
             self._lately = [self._lately[1], running]
         return state, metrics | {"grad_norm": grad_norm}

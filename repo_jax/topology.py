@@ -244,7 +244,7 @@ def target_config(gpu: Gpu) -> str:
         f"memory_bandwidth: {rate} l2_cache_size: {gpu.cache} clock_rate_ghz: {gpu.clock} device_memory_size: {gpu.memory} "
         f"shared_memory_per_block_optin: {gpu.shared - 1024} cuda_compute_capability {{ major: {major} minor: {minor} }} "
         'registers_per_core_limit: 65536 registers_per_block_limit: 65536 } platform_name: "CUDA" '
-        f'dnn_version_info {{ major: 9 minor: 8 }} device_description_str: "{gpu.chip.name}"'
+        f'dnn_version_info {{ major: 9 minor: 8 }} device_description_str: "NVIDIA {gpu.chip.name}"'
     )
 
 

@@ -2,47 +2,65 @@
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import pathlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 
 from repo_jax.checkpoint import Checkpoints
-from repo_jax.config import Recipe
+from repo_jax.config import Recipe, dump_recipe
 from repo_jax.data.batches import batch_indices
 from repo_jax.data.rows import RowBatch
 from repo_jax.data.schema import PairTokens
 from repo_jax.distributed import Interruption, agree, from_primary, join, primary, stopping_at_once
-from repo_jax.evaluation import evaluate_pairs
+from repo_jax.evaluation import evaluate_pairs, score_pairs
 from repo_jax.export import card_of, export_adapter, export_merged, export_model, push_export
+from repo_jax.logps import is_live
+from repo_jax.losses import Loss
 from repo_jax.memory import explained, held_in_training, what_helps
 from repo_jax.models.lora import init_adapters
 from repo_jax.optimizer import make_optimizer
 from repo_jax.preparation import Setup, keep_programs, set_up
 from repo_jax.progress import Compiled, Log, compiled, describe, say
+from repo_jax.reference import with_reference
 from repo_jax.report import summary_text, write_report
-from repo_jax.run_folder import RunFolder, claim, read_metrics, read_results, save_evaluation, what_runs
+from repo_jax.run_folder import (
+    RunFolder,
+    claim,
+    found_gamma,
+    read_metrics,
+    read_results,
+    save_evaluation,
+    what_runs,
+    write_whole,
+)
 from repo_jax.state import TrainState, initial_state, state_shapes, state_shardings, variables_of
 from repo_jax.step import Scorer, TrainStep
 
+GAMMA_SAMPLE = 1024  # pairs whose margins `gamma: auto` looks at
 
-def train(recipe: Recipe) -> pathlib.Path:
+
+def train(recipe: Recipe, loss: Loss | Callable | None = None) -> pathlib.Path:
     """Trains by a recipe, evaluates, exports and reports; returns the run's folder, with the model in its hf/. Of a run whose
     output_dir is a URL that is the folder on this machine that is copied there.
+
+    `loss` is an objective of your own, a Loss or a function of PairLogps, instead of the recipe's loss_type; its keyword arguments are its
+    hyperparameters.
 
     Goes on from the folder's newest checkpoint. Several processes call it together (distributed.join), with an output_dir that all
     of them see. Raises ValueError or FileNotFoundError, before any device work, for what cannot be run, and InterruptedRunError when
     SIGTERM or Ctrl-C has ended it with its state saved.
     """
     join()
-    return run(prepare(recipe))
+    return run(prepare(recipe, loss))
 
 
-def prepare(recipe: Recipe) -> Setup:
+def prepare(recipe: Recipe, loss: Loss | Callable | None = None) -> Setup:
     """Looks at every value of the recipe and makes its output folder this run's."""
-    setup = set_up(recipe, training=True)
+    setup = set_up(recipe, training=True, loss=loss)
     agree(what_runs(setup))
     claim(setup)
     return setup
@@ -54,9 +72,9 @@ def run(setup: Setup) -> pathlib.Path:
     keep_programs(recipe.run.compile_cache_dir)
     say(describe(setup))
     optimizer = make_optimizer(recipe.optim, setup.total_steps)
-    shapes = state_shapes(setup.trained_shapes, optimizer)
+    shapes = state_shapes(setup.trained_shapes, optimizer, setup.loss)
     shardings = state_shardings(shapes, optimizer, setup.mesh)
-    held = held_in_training(shapes, shardings, setup.frozen_shapes)
+    held = held_in_training(shapes, shardings, setup.frozen_shapes, setup.live_shapes)
     with explained(setup.mesh, held, lambda: what_helps(recipe, setup.mesh, held)):
         return _run(setup, optimizer, shapes, shardings, began)
 
@@ -66,40 +84,81 @@ def _run(setup: Setup, optimizer, shapes: TrainState, shardings: TrainState, beg
     folder = place.here
     frozen = setup.pretrained.params(setup.mesh, recipe.model.param_dtype) if recipe.model.use_peft else None
     scorer = Scorer(setup.model, setup.loss, setup.hparams, setup.mesh, setup.shapes)
-    step = TrainStep(
-        *(scorer, setup.model, setup.loss, optimizer, shardings),
-        mode=recipe.optim.mode,
-        two_pass_below=recipe.optim.two_pass_below,
-        frozen=frozen,
-        seed=recipe.run.seed,
-    )
     with place.checkpoints(keep=recipe.run.save_total_limit) as checkpoints:
         start = int(from_primary(np.int32(checkpoints.latest() or 0)))  # what a host sees of a shared folder may be old
         if start:
             say(
                 f"going on from {place}/checkpoint-{start}: {setup.total_steps - start} of {setup.total_steps} updates are left"
             )
+            setup = with_reference(setup, frozen if setup.reference is None else None, say=say)
+            if setup.gamma_quantile is not None:
+                setup = with_gamma(setup, float(from_primary(np.float64(found_gamma(folder)))))
             state = checkpoints.restore(start, shapes, shardings)
         else:
+            if setup.reference is not None:  # it goes before the model comes
+                setup = with_reference(setup, say=say)
             if frozen is None:
                 params = setup.pretrained.params(setup.mesh, recipe.model.param_dtype)
-            else:
+            if setup.reference is None:
+                setup = with_reference(setup, params if frozen is None else frozen, say=say)
+            if frozen is not None:
                 params = init_adapters(jax.random.key(recipe.run.seed), shapes.params, shardings.params)
-            state = initial_state(params, optimizer, shardings)
-            if setup.held_out is not None:
-                variables = variables_of(state.params, frozen)
-                save_evaluation(folder, "before", evaluate_pairs(scorer, variables, setup.held_out))
+            state = initial_state(params, optimizer, shardings, setup.loss)
+            if setup.gamma_quantile is not None:
+                setup = with_gamma(setup, first_gamma(setup, scorer, variables_of(state.params, frozen)))
+                if primary():
+                    write_whole(folder / "recipe.yaml", dump_recipe(setup.recipe))
                 place.keep()
+        scorer = scorer.of(setup.loss, setup.hparams)
+        live = live_reference(setup, frozen)
+        if not start and setup.held_out is not None:
+            variables = variables_of(state.params, frozen, live)
+            save_evaluation(folder, "before", evaluate_pairs(scorer, variables, setup.held_out))
+            place.keep()
+        step = TrainStep(
+            *(scorer, setup.model, setup.loss, optimizer, shardings),
+            mode=recipe.optim.mode,
+            two_pass_below=recipe.optim.two_pass_below,
+            frozen=frozen,
+            live=live,
+            seed=recipe.run.seed,
+            total_steps=setup.total_steps,
+        )
         log = Log(setup, folder / "metrics.jsonl", start, began=began)
-        params = run_updates(setup, state, step, scorer, checkpoints, log, start, frozen, place).params
+        state = run_updates(setup, state, step, scorer, checkpoints, log, start, frozen, live, place)
+        params, loss_state = state.params, state.loss_state
     with (
         stopping_at_once()
     ):  # several processes too: JAX's service would only note SIGTERM for an update that never comes
         if setup.held_out is not None:
-            save_evaluation(folder, "after", evaluate_pairs(scorer, variables_of(params, frozen), setup.held_out))
+            variables = variables_of(params, frozen, live)
+            save_evaluation(folder, "after", evaluate_pairs(scorer, variables, setup.held_out, loss_state, 1.0))
             place.keep()
         finish(setup, params, frozen, place)
     return folder
+
+
+def live_reference(setup: Setup, frozen: dict | None) -> dict | None:
+    """The variables of the reference model where its whole distribution is wanted; it stays on the devices to the end."""
+    if not is_live(setup.loss):
+        return None
+    if setup.reference is None and frozen is not None:
+        return {"params": frozen}
+    return {"params": (setup.reference or setup.pretrained).params(setup.mesh, setup.recipe.model.param_dtype)}
+
+
+def first_gamma(setup: Setup, scorer: Scorer, variables: dict) -> float:
+    """The quantile of the margins that training begins with, over a sample of the pairs; the same whenever it is asked for."""
+    order = np.random.default_rng(setup.recipe.run.seed).permutation(len(setup.train))[:GAMMA_SAMPLE]
+    margins_B = np.asarray(score_pairs(scorer, variables, [setup.train[int(i)] for i in order]).mean_margin_B)
+    gamma = float(from_primary(np.quantile(np.float64(margins_B), setup.gamma_quantile)))
+    say(f"gamma is {gamma:.4g}, which {setup.gamma_quantile:.0%} of {len(order)} training pairs have not reached yet")
+    return gamma
+
+
+def with_gamma(setup: Setup, gamma: float) -> Setup:
+    recipe = dataclasses.replace(setup.recipe, loss=setup.recipe.loss | {"gamma": gamma})
+    return setup._replace(recipe=recipe, hparams=setup.hparams | {"gamma": gamma})
 
 
 def batches_ahead(setup: Setup, step: TrainStep, start: int) -> Iterator[tuple[int, list[PairTokens], list[RowBatch]]]:
@@ -134,6 +193,7 @@ def run_updates(
     log: Log,
     start: int,
     frozen: dict | None,
+    live: dict | None,
     place: RunFolder,
 ) -> TrainState:
     """Updates start .. total_steps - 1, with the evaluations and checkpoints that fall due."""
@@ -156,8 +216,8 @@ def run_updates(
             log.update(k + 1, metrics, pairs)
             checkpoints.check()
             if setup.held_out is not None and run.eval_steps and (k + 1) % run.eval_steps == 0:
-                variables = variables_of(state.params, frozen)
-                log.evaluated(lambda variables=variables: evaluate_pairs(scorer, variables, setup.held_out))
+                now = variables_of(state.params, frozen, live), setup.held_out, state.loss_state, (k + 1) / total
+                log.evaluated(lambda now=now: evaluate_pairs(scorer, *now))
             stopping = interruption.due(k + 1)
             if (k + 1) % run.save_steps == 0 or k + 1 == total or stopping:
                 log.flush()  # what a checkpoint covers stands in the log before the checkpoint exists
@@ -195,12 +255,13 @@ def _tell(setup: Setup, place: RunFolder, results: dict | None, difference: floa
     folder, margins = place.here, None
     if results is not None:
         margins = tuple(np.load(folder / f"margins_{when}.npy") for when in ("before", "after"))
+        margins = margins if len(margins[0]) else None  # rows with one answer have none
     report = write_report(
         folder,
         metrics=read_metrics(folder / "metrics.jsonl"),
         margins=margins,
         results=results,
-        gamma=setup.hparams.get("gamma"),
+        gamma=None if setup.loss.reference else setup.hparams.get("gamma"),
         about=describe(setup).splitlines(),
     )
     place.keep(last=True)

@@ -11,20 +11,26 @@ from examples import ROOT
 # Within a layer a file may import those named before it.
 LAYERS = [
     ["losses.types", "losses", "sharding", "hardware", "hlo", "topology", "urls", "models.config", "models.hub", "models.tensors", "data.sources", "data.schema", "data.special",
-     "data.template", "data.official", "data.weights", "data.chat", "data.store"],
-    ["config", "card", "distributed", "models.attention", "models.blocked", "models.views", "models.splash", "models.flash", "models.hf",
+     "data.template", "data.official", "data.weights", "data.chat", "data.store", "data.groups"],
+    ["config", "card", "distributed", "models.attention", "models.blocked", "models.views", "models.splash", "models.triton", "models.flash", "models.hf",
      "data.rows", "data.batches"],
     ["models.decoder", "models.lora", "models.pretrained", "optimizer", "stores", "flops"],
     ["logps", "state", "metrics"],
     ["step", "checkpoint", "preparation", "memory", "programs", "generation", "rewards"],
-    ["evaluation", "inspection", "export", "report", "planning"],
+    ["reference", "evaluation", "inspection", "export", "report", "planning"],
     ["run_folder", "progress"],
     ["training", "answers", "benchmark"],
     ["cli"],
     ["__main__", "__init__"],
 ]  # fmt: skip
-# What jax has nowhere else: its TPU kernels, and devices that are not there.
-EXPERIMENTAL = {"jax.experimental.pallas.ops.tpu", "jax.experimental.topologies", "jax.experimental.multihost_utils"}
+# What jax has nowhere else: its TPU kernels, the language of our GPU kernels, and devices that are not there.
+EXPERIMENTAL = {
+    "jax.experimental.pallas",
+    "jax.experimental.pallas.ops.tpu",
+    "jax.experimental.pallas.triton",
+    "jax.experimental.topologies",
+    "jax.experimental.multihost_utils",
+}
 ORDER = [name for layer in LAYERS for name in layer]
 FILES = sorted(path for path in (ROOT / "repo_jax").rglob("*.py") if path.read_text().strip())
 

@@ -10,7 +10,7 @@ from oracles.decoder import next_token_logps
 
 from repo_jax.data.rows import RowShape, row_batches
 from repo_jax.data.weights import ld, temporal_decay
-from repo_jax.logps import Head, Softmax, pair_logps, token_logps, weighted_sum
+from repo_jax.logps import Head, Softmax, pair_logps, token_logps, token_scores, weighted_sum
 from repo_jax.models.decoder import Decoder
 from repo_jax.models.hf import hf_tensors
 from repo_jax.sharding import BATCH, make_mesh
@@ -112,6 +112,72 @@ def test_the_head_on_a_mesh_equals_that_on_one_device(form):
     with jax.set_mesh(mesh):
         # 28 tokens a device are 14 of each of its two rows.
         assert_a_head_equals_the_naive_one(form, SMALL._replace(vocab=50, cap=3.0), inputs)
+
+
+def term_inputs(R=2, padded_V=64):
+    source, head, targets, slopes = head_inputs(37, R=R, padded_V=padded_V)
+    rng = np.random.default_rng(3)
+    others = source + 0.3 * jnp.asarray(rng.normal(size=source.shape), jnp.float32)
+    of_terms = jnp.asarray(rng.normal(size=(2, *slopes.shape)), jnp.float32)
+    return source, head, targets, slopes, others, head * 1.1, of_terms
+
+
+def assert_terms_are_those_of_all_logits(form, softmax, inputs):
+    """Sums of slopes times log-probs and terms, and their gradients, against float64 on all logits."""
+    names = ("log_sum_p2", "kl_reference")
+
+    @jax.jit
+    def ours(source, head, targets, slopes, others, other_head, of_terms):
+        def objective(x, w):
+            reference = others, Head(other_head, softmax)
+            if form == "weighted_sum":
+                terms = dict(zip(names, of_terms, strict=True))
+                return weighted_sum(x, Head(w, softmax), targets, slopes, terms=terms, reference=reference)
+            scores = token_scores(x, Head(w, softmax), targets, terms=names, reference=reference)
+            return sum((one * other).sum() for one, other in zip((slopes, *of_terms), scores, strict=True))
+
+        return jax.value_and_grad(objective, (0, 1))(source, head)
+
+    def plain(source, head, targets, slopes, others, other_head, of_terms):
+        """Values and, by small steps, the slope along a fixed direction."""
+        logits, theirs = (np.einsum("RSD,VD->RSV", x, w[:50]) for x, w in ((source, head), (others, other_head)))
+        if softmax.cap is not None:
+            logits, theirs = (softmax.cap * np.tanh(x / softmax.cap) for x in (logits, theirs))
+        logps, theirs = (x - np.log(np.exp(x).sum(axis=-1, keepdims=True)) for x in (logits, theirs))
+        picked = np.take_along_axis(logps, targets[..., None], axis=-1)[..., 0]
+        log_sum_p2 = np.log((np.exp(logps) ** 2).sum(axis=-1))
+        kl = (np.exp(theirs) * (theirs - logps)).sum(axis=-1)
+        return (slopes * picked + of_terms[0] * log_sum_p2 + of_terms[1] * kl).sum()
+
+    value, (dsource, dhead) = ours(*inputs)
+    exact = [np.asarray(x, np.float64 if x.dtype == jnp.float32 else None) for x in inputs]
+    np.testing.assert_allclose(value, plain(*exact), rtol=1e-5)
+    rng = np.random.default_rng(9)
+    for at, slope in ((0, dsource), (1, dhead)):
+        for _ in range(3):
+            along, ends = rng.normal(size=exact[at].shape), []
+            for step in (1e-5, -1e-5):
+                moved = [x + step * along if i == at else x for i, x in enumerate(exact)]
+                ends.append(plain(*moved))
+            np.testing.assert_allclose(
+                (np.asarray(slope) * along).sum(), (ends[0] - ends[1]) / 2e-5, rtol=1e-4, atol=1e-3
+            )
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_terms_of_whole_distributions_are_those_of_all_logits_in_value_and_gradient(form, cap):
+    assert_terms_are_those_of_all_logits(form, SMALL._replace(vocab=50, cap=cap), term_inputs())
+
+
+def test_terms_on_a_mesh_equal_those_on_one_device():
+    mesh = make_mesh(2, 2, 2)
+    source, head, targets, slopes, others, other_head, of_terms = term_inputs(R=8)
+    rows, table = NamedSharding(mesh, BATCH), NamedSharding(mesh, P("tensor", "fsdp"))
+    spread = jax.device_put((source, targets, slopes, others), rows)
+    inputs = (spread[0], jax.device_put(head, table), *spread[1:], jax.device_put(other_head, table), of_terms)
+    with jax.set_mesh(mesh):
+        assert_terms_are_those_of_all_logits("weighted_sum", SMALL._replace(vocab=50, cap=3.0), inputs)
 
 
 @pytest.mark.parametrize(

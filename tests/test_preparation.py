@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import types
 
 import jax
@@ -8,6 +9,8 @@ from examples import ASSETS, STORIES, TINY
 
 from repo_jax import hardware, preparation
 from repo_jax.config import ModelSection, to_recipe
+from repo_jax.data.rows import known_of
+from repo_jax.losses import Loss
 from repo_jax.models.config import DecoderConfig
 from repo_jax.models.lora import adapter_shapes, save_adapter
 from repo_jax.preparation import compute_dtype, keep_programs, kernel_of, set_up
@@ -167,6 +170,121 @@ def test_unpaired_rows_are_refused_by_a_loss_that_compares_two_answers(tmp_path,
         with pytest.raises(ValueError) as refused:
             set_up(recipe(tmp_path, data=data | {"cache_dir": str(tmp_path)}, loss=loss), training=training)
         assert str(refused.value) == message
+
+
+def own(fn=lambda pairs: pairs.mean_margin_B, **needs):
+    fn.__name__ = "mine"
+    return Loss(fn, **needs)
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Writes pairs to a file, with these numbers in the first, the second, ..."""
+
+    def write(*numbers):
+        path = tmp_path / "rows.jsonl"
+        texts = [
+            {"id": f"row {i}", "prompt": f"Day {i}", "chosen": " was fun", "rejected": " was bad"} for i in range(4)
+        ]
+        lines = [json.dumps(text | more) for text, more in zip(texts, numbers or [{}] * 4, strict=True)]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def with_data(tmp_path, path, **sections):
+    data = {"dataset_name": path, "cache_dir": str(tmp_path / "cache")}
+    return recipe(tmp_path, data=data, optim={"train_batch_size": 2} | sections.pop("optim", {}), **sections)
+
+
+def test_columns_that_a_loss_asks_for_reach_its_pairs_and_no_others_do(tmp_path, rows):
+    path = rows(*({"margin": i / 4, "weight": 2} for i in range(4)))
+    setup = set_up(with_data(tmp_path, path), training=True, loss=own(columns=("margin",)))
+    assert [setup.train[i].columns for i in range(4)] == [{"margin": i / 4} for i in range(4)]
+    assert set_up(with_data(tmp_path, path), training=True).train[0].columns == {}
+
+
+def test_columns_that_are_missing_stop_at_the_start(tmp_path, rows):
+    loss = own(columns=("margin",))
+    path = rows(*({"weight": 1} for _ in range(4)))
+    with pytest.raises(ValueError) as refused:
+        set_up(with_data(tmp_path, path), training=True, loss=loss)
+    assert str(refused.value) == (
+        f"loss 'mine' needs the column 'margin', which '{path}' does not have (it has weight); add it, or choose another loss"
+    )
+    path = rows({"margin": 1}, {}, {"margin": 2}, {})
+    with pytest.raises(ValueError) as refused:
+        set_up(with_data(tmp_path, path), training=True, loss=loss)
+    assert str(refused.value) == (
+        f"loss 'mine' needs the column 'margin', which 2 of the 4 pairs of '{path}' lack (the first: row 1); "
+        "add it there, or leave these rows out"
+    )
+
+
+def test_columns_of_answers_are_two_numbers_for_each_pair(tmp_path, rows):
+    loss = own(answer_columns=("score",), data=("use_poet",))
+    path = rows(*({"score_chosen": i / 4, "score_rejected": -i} for i in range(4)))
+    with pytest.raises(ValueError) as refused:
+        set_up(with_data(tmp_path, path), training=True, loss=loss)
+    assert str(refused.value) == "loss 'mine' needs use_poet, which is not set; set it in the data section"
+    loss = loss._replace(data=())
+    setup = set_up(with_data(tmp_path, path), training=True, loss=loss)
+    assert [setup.train[i].columns for i in range(4)] == [{"score": (i / 4, -i)} for i in range(4)]
+    known = known_of([setup.train[i] for i in range(4)], 4)
+    assert known.columns["score"].tolist() == [[i / 4, -i] for i in range(4)]
+    path = rows(*({"score_chosen": 1} for _ in range(4)))
+    with pytest.raises(ValueError, match=r"needs the column 'score_rejected', which .* does not have"):
+        set_up(with_data(tmp_path, path), training=True, loss=loss)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"gama": 1}, "loss 'mine' has no hyperparameter 'gama'; it takes gamma, beta"),
+        ({"gamma": "high"}, "loss 'mine': gamma='high' must be a number"),
+        ({"beta": 1}, "loss 'mine' needs gamma; give recipe.loss.gamma"),
+    ],
+    ids=str,
+)
+def test_hyperparameters_of_a_users_own_loss_are_its_keyword_arguments(tmp_path, given, message):
+    def mine(pairs, *, gamma, beta=2.0):
+        return gamma - beta * pairs.mean_margin_B
+
+    with pytest.raises(ValueError) as refused:
+        set_up(recipe(tmp_path, loss=given), training=False, loss=mine)
+    assert str(refused.value) == message
+    setup = set_up(recipe(tmp_path, loss={"gamma": 1}), training=False, loss=mine)
+    assert setup.recipe.loss == {"loss_type": "mine", "gamma": 1.0, "beta": 2.0} and setup.loss == Loss(mine)
+
+
+def test_losses_that_mix_pairs_take_two_passes_or_stop_at_the_start(tmp_path, rows):
+    path, loss = rows(), own(coupled=True)
+    assert set_up(with_data(tmp_path, path), training=True, loss=loss).recipe.optim.mode == "two_pass"
+    for sections, message in (
+        (
+            {"optim": {"mode": "direct"}},
+            "mode=direct but loss 'mine' mixes the log-probs of several pairs, for which only two passes are exact; set mode to auto",
+        ),
+        (
+            {"optim": {"two_pass_below": 0.5}},
+            "loss 'mine' takes two passes always, so that nothing would read two_pass_below=0.5; leave it out",
+        ),
+        (
+            {"model": {"model_name_or_path": str(STORIES), "use_peft": True, "lora_dropout": 0.5}},
+            "lora_dropout=0.5 needs mode direct, but loss 'mine' takes two passes; set it to 0",
+        ),
+    ):
+        with pytest.raises(ValueError) as refused:
+            set_up(with_data(tmp_path, path, **sections), training=True, loss=loss)
+        assert str(refused.value) == message
+
+
+def test_sequences_that_no_data_bring_stop_at_the_start(tmp_path, rows):
+    with pytest.raises(
+        ValueError, match="loss 'mine' needs 'dreams' sequences, which no data brings; there are kl, rationale"
+    ):
+        set_up(with_data(tmp_path, rows()), training=True, loss=own(groups=("dreams",)))
 
 
 def test_weights_of_the_recipe_reach_the_pairs_to_train_on_and_no_others(tmp_path):

@@ -19,7 +19,7 @@ from repo_jax.models.decoder import Decoder, param_shapes
 from repo_jax.models.lora import adapter_shapes
 from repo_jax.sharding import make_mesh
 from repo_jax.state import TrainState, initial_state, state_shapes, state_shardings
-from repo_jax.step import Gathered, Scorer, TrainStep, add_direct, add_weighted, break_even, no_pairs
+from repo_jax.step import Gathered, Scorer, Slopes, TrainStep, add_direct, add_weighted, break_even, no_pairs
 
 LOSSES = {"repo": {"gamma": 0.5}, "simpo": {"beta": 2.0, "gamma": 0.25}}
 
@@ -128,7 +128,7 @@ def test_two_pass_pushes_back_only_the_answers_whose_slope_is_not_zero(monkeypat
     pushed = []
     original = step._add_weighted
     monkeypatch.setattr(
-        step, "_add_weighted", lambda *args: pushed.append(np.asarray(args[3].filled_B)) or original(*args)
+        step, "_add_weighted", lambda *args: pushed.append(np.asarray(args[4].filled_B)) or original(*args)
     )
     _, metrics = step.mean_grads(params, sixteen_pairs())
     assert sum(filled.sum() for filled in pushed) == round(float(metrics["active_fraction"]) * 16) < 16
@@ -182,11 +182,11 @@ def test_float32_is_exact_in_every_product_forward_and_backward(attention, form)
     [batch] = row_batches(random_pairs(4, V=TINY.V), RowShape(2, 128, 128, 128))
     zeros, (loss, hparams) = jax.tree.map(jnp.zeros_like, params), make_loss("repo")
     if form == "direct":
-        args = (Gathered(zeros, no_pairs(4)), params, None, batch, hparams, None)
+        args = (Gathered(zeros, no_pairs(4)), params, None, None, batch, batch.known, hparams, 0.0, None)
         program = jax.make_jaxpr(functools.partial(add_direct, model=model, loss=loss))(*args)
     else:
         program = jax.make_jaxpr(functools.partial(add_weighted, model=model))(
-            zeros, params, None, batch, jnp.ones((4, 2))
+            zeros, params, None, None, batch, Slopes(jnp.ones((4, 2)), {})
         )
     products = [one for one in equations_of(program.jaxpr) if one.primitive.name == "dot_general"]
     assert len(products) > 20

@@ -8,7 +8,7 @@ the rejected ones. What stands in a view has the segment of its prompt (`prompts
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +39,15 @@ class RowBatch(NamedTuple):
     filled_B: np.ndarray  # True for the pairs that are in these rows
     weights_RS: np.ndarray | None = None  # what each scored token counts for in its answer's sum; None: 1
     views_R2Y: np.ndarray | None = None  # the slots of one side's answers and their prompts, in order; T where unused
+    known: "Known | None" = None  # the same in all row batches of a global batch
+
+
+class Known(NamedTuple):
+    """What is known of all B pairs of a global batch before any is scored; 0 where there is none."""
+
+    lengths_B2: np.ndarray  # float32: how many tokens are scored
+    reference_B2: np.ndarray | None = None  # float32: log-probs under the reference model
+    columns: Mapping[str, np.ndarray] = {}  # float32, [B], or [B, 2] with one number for each answer
 
 
 class RowShape(NamedTuple):
@@ -207,7 +216,30 @@ def row_batches(
         raise too_long(pairs[refused], largest.T, largest.S, largest.Y)
     shape, rows = packed(sizes, shapes)
     rows = [[int(chosen[k]) for k in row] for row in rows]
-    return [_fill(pairs, rows[start : start + shape.R], shape, B, wanted_B2) for start in range(0, len(rows), shape.R)]
+    known = known_of(pairs, B)
+    return [
+        _fill(pairs, rows[start : start + shape.R], shape, B, wanted_B2)._replace(known=known)
+        for start in range(0, len(rows), shape.R)
+    ]
+
+
+def known_of(pairs: Sequence[PairTokens], B: int) -> Known:
+    """Of pairs with room for B. All of them have a reference, or none does."""
+    known = Known(
+        np.zeros((B, 2), np.float32),
+        np.zeros((B, 2), np.float32) if any(pair.reference_2 is not None for pair in pairs) else None,
+        {
+            name: np.zeros((B, *np.shape(value)), np.float32)
+            for name, value in sorted({k: v for pair in pairs for k, v in pair.columns.items()}.items())
+        },
+    )
+    for i, pair in enumerate(pairs):
+        known.lengths_B2[i] = [np.count_nonzero(mask) for mask in pair.masks]
+        if known.reference_B2 is not None:
+            known.reference_B2[i] = 0 if pair.reference_2 is None else pair.reference_2
+        for name, value in pair.columns.items():
+            known.columns[name][i] = value
+    return known
 
 
 def _sizes(pairs: Sequence[PairTokens], wanted_B2: np.ndarray) -> Sizes:

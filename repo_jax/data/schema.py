@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -25,12 +25,18 @@ TEXT, LIST, NULL = "text", "list of objects", "null"  # what a column holds, whe
 
 MOST = sys.float_info.max
 FINITE = (-MOST, MOST, "a finite number")
-COLUMNS = {  # the optional columns that are kept: least value, greatest value, and these in words
+COLUMNS = {  # the optional columns that are kept: least value, greatest value, and these in words; NAME_chosen, NAME_rejected: of answers
     "score_chosen": FINITE,
     "score_rejected": FINITE,
     "margin": FINITE,
     "label_prob": (0, 1, "a number from 0 to 1"),
     "weight": (0, MOST, "a finite number, 0 or more"),
+    "win_probability_chosen": (0, 1, "a number from 0 to 1"),
+    "win_probability_rejected": (0, 1, "a number from 0 to 1"),
+    "previous_logps_chosen": FINITE,
+    "previous_logps_rejected": FINITE,
+    "uncertainty_chosen": (0, MOST, "a finite number, 0 or more"),
+    "uncertainty_rejected": (0, MOST, "a finite number, 0 or more"),
     "ref_chosen_logps": FINITE,
     "ref_rejected_logps": FINITE,
     "ref_logps": FINITE,
@@ -80,6 +86,9 @@ class PairTokens(NamedTuple):
     chosen_mask: np.ndarray  # bool, one per token of the branch: True is scored
     rejected_mask: np.ndarray
     weights: tuple[np.ndarray, np.ndarray] | None = None  # float32, one per scored token of each; None: all are 1
+    columns: Mapping[str, float | tuple[float, float]] = {}  # of the data, that the loss asks for
+    reference_2: np.ndarray | None = None  # float32: log-probs under the reference model, summed with the weights
+    groups: Mapping[str, "PairTokens"] = {}  # further sequences that the loss asks for
 
     @property
     def branches(self) -> tuple[np.ndarray, np.ndarray]:

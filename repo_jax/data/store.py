@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import itertools
@@ -11,8 +12,8 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal, Self
 
 import filelock
 import numpy as np
@@ -23,7 +24,7 @@ from repo_jax.data.chat import PairTokenizer, Tokenized, TokenOptions
 from repo_jax.data.schema import DamagedStoreError, Fault, PairTokens, PreferenceExample, read_examples
 from repo_jax.data.sources import Source
 
-FORMAT = "2.0.0"  # raise it when what is stored changes
+FORMAT = "2.1.0"  # raise it when what is stored changes
 NAMED = 5  # how many rows of each kind are kept by id
 WARN = 0.01  # the share of rows above which what is counted is also warned about
 CHUNK = 256  # rows that are tokenized together
@@ -49,7 +50,47 @@ NOTICED = {
 }  # fmt: skip
 
 
-class TokenStore(Sequence):
+class Pairs(Sequence):
+    """Pairs by number, with what a loss asks for beside their ids: columns, log-probs under the reference model, further sequences."""
+
+    key: str  # of data + tokens
+    columns: Mapping[str, np.ndarray] = {}
+    _asked: tuple[str, ...] = ()
+    _reference: Callable[[int, PairTokens], np.ndarray] | None = None
+    _groups: Mapping[str, Sequence[PairTokens]] = {}
+
+    def serving(self, *, columns=None, reference=None, groups=None) -> Self:
+        """The same pairs with these columns, these log-probs (of pair i: reference(i, pair), [2]) and these groups of the same length."""
+        other = copy.copy(self)
+        given = {"_asked": columns, "_reference": reference, "_groups": groups}
+        other.__dict__.update({name: value for name, value in given.items() if value is not None})
+        return other
+
+    @property
+    def groups(self) -> Mapping[str, Sequence[PairTokens]]:
+        return self._groups
+
+    def __getitem__(self, i: int) -> PairTokens:
+        pair = self.plain(i)
+        return pair._replace(
+            columns={name: self._column(name, i) for name in self._asked},
+            reference_2=None if self._reference is None else self._reference(i, pair),
+            groups={name: pairs[i] for name, pairs in self._groups.items()},
+        )
+
+    def _column(self, name: str, i: int) -> float | tuple[float, float]:
+        """Of pair i; one number for each answer where the data have NAME_chosen and NAME_rejected, 0 for an answer that is not there."""
+        if name in self.columns:
+            return float(self.columns[name][i])
+        sides = (self.columns.get(f"{name}_{side}") for side in ("chosen", "rejected"))
+        return tuple(0.0 if values is None or np.isnan(values[i]) else float(values[i]) for values in sides)
+
+    def plain(self, i: int) -> PairTokens:
+        """Pair i without any of that."""
+        raise NotImplementedError
+
+
+class TokenStore(Pairs):
     """The pairs of one data set as ids, in its order; knows every length without reading the ids."""
 
     def __init__(
@@ -101,10 +142,14 @@ class TokenStore(Sequence):
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, i: int) -> PairTokens:
+    def plain(self, i: int) -> PairTokens:
         row = self._read(i)
         tokens = (row[name] for name in ("prompt", "chosen", "rejected", "chosen_mask", "rejected_mask"))
         pair = PairTokens(row["id"].decode(), _placed(row["where"].decode(), self._places), *tokens)
+        return self.weighted(pair)
+
+    def weighted(self, pair: PairTokens) -> PairTokens:
+        """The pair with what single tokens of it count for."""
         return pair if self._transform is None else self._transform(pair)
 
     def counts(self) -> list[str]:

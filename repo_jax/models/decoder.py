@@ -27,6 +27,7 @@ from repo_jax.models.blocked import BLOCKED
 from repo_jax.models.config import DecoderConfig
 from repo_jax.models.flash import FLASH
 from repo_jax.models.splash import SPLASH
+from repo_jax.models.triton import TRITON
 from repo_jax.sharding import BATCH, constrain
 
 INIT = nn.initializers.normal(0.02)
@@ -41,9 +42,10 @@ ATTENTION = {
     "dense":    DENSE,      # anywhere: the plain form
     "blocked":  BLOCKED,    # one CPU device
     "splash":   SPLASH,     # TPU; needs the views of rows
-    "flash":    FLASH,      # GPU; needs the views of rows
+    "triton":   TRITON,     # NVIDIA GPU; needs the views of rows
+    "flash":    FLASH,      # any GPU, in plain jax; needs the views of rows
 }  # fmt: skip
-IN_VIEWS = ("splash", "flash")
+IN_VIEWS = ("splash", "triton", "flash")
 
 INPUT = "layer_input"
 

@@ -69,7 +69,7 @@ def attend_in_views(kernel: Callable, q_BTNH, k_BSKH, v_BSKH, views: Views, mask
         inputs = (
             jnp.moveaxis(spread(x, views).reshape(2 * B, Y, *x.shape[2:]), 2, 1) for x in (q_BTNH, k_BSKH, v_BSKH)
         )
-        out_VNYH = kernel(*inputs, mask_B2Y.reshape(2 * B, Y))
+        out_VNYH = kernel(*inputs, mask_B2Y.reshape(2 * B, *mask_B2Y.shape[2:]))
         return gather(jnp.moveaxis(out_VNYH, 1, 2).reshape(B, 2, Y, *q_BTNH.shape[2:]), views)
 
     keys = heads if split else BATCH

@@ -113,7 +113,7 @@ def test_two_pairs_share_a_row():
 
 def test_arrays_are_int32_but_for_the_mask(rng):
     (batch,) = row_batches([pair_of(rng, (2, 2, 2), V=V)], RowShape(1, 8, 8))
-    *ids, filled_B, weights_RS, views_R2Y = batch
+    *ids, filled_B, weights_RS, views_R2Y, _ = batch
     assert {array.dtype for array in ids} == {np.dtype(np.int32)}
     assert filled_B.dtype == bool
     assert weights_RS is views_R2Y is None
@@ -255,8 +255,24 @@ def test_every_batch_has_the_one_shape():
     batches = row_batches(pairs, RowShape(R=3, T=64, S=40, Y=50))
     assert len(batches) > 1
     for batch in batches:
-        shapes = [array.shape for array in batch]
+        shapes = [array.shape for array in batch._replace(known=None) if array is not None]
         assert shapes == [(3, 64)] * 4 + [(3, 40)] * 3 + [(40,), (3, 40), (3, 2, 50)]
+
+
+def test_what_is_known_of_all_pairs_is_in_every_batch():
+    pairs = [
+        pair._replace(columns={"margin": i / 2, "score": (i, -i)}, reference_2=np.float32([-i, i]))
+        for i, pair in enumerate(random_pairs(9, V=V))
+    ]
+    batches = row_batches(pairs, RowShape(R=1, T=64, S=40), B=11)
+    assert len(batches) > 1 and all(batch.known is batches[0].known for batch in batches)
+    known = batches[0].known
+    assert known.lengths_B2.tolist() == [[mask.sum() for mask in pair.masks] for pair in pairs] + [[0, 0]] * 2
+    assert known.columns["margin"].tolist() == [i / 2 for i in range(9)] + [0, 0]
+    assert known.columns["score"].tolist() == [[i, -i] for i in range(9)] + [[0, 0]] * 2
+    assert known.reference_B2.tolist() == [[-i, i] for i in range(9)] + [[0, 0]] * 2
+    arrays = known.lengths_B2, known.reference_B2, *known.columns.values()
+    assert {array.dtype for array in arrays} == {np.dtype(np.float32)}
 
 
 def test_all_batches_but_the_last_have_all_their_rows_filled():
