@@ -218,7 +218,7 @@ def _named(name: Any) -> Loss:
 def _together(losses: Mapping[str, Loss], given: Mapping) -> dict[str, float | str]:
     """The hyperparameters of all, with their defaults. Raises ValueError where defaults differ and nothing is given."""
     accepted = {}
-    for name, loss in losses.items():
+    for loss in losses.values():
         for key, default in hyperparameters(loss).items():
             if accepted.setdefault(key, default) != default and key not in given:
                 takers = [
@@ -306,7 +306,8 @@ def _checked(name: str, value: Any, title: str) -> float | str:
         if value not in CHOICES[name]:
             raise ValueError(f"loss '{title}': {name}={value!r}; choose one of {', '.join(CHOICES[name])}")
         return value
-    lowest, below, words = RANGES.get(f"{title}.{name}", RANGES[name])
-    if not _is_number(value) or not lowest <= value < below:
-        raise ValueError(f"loss '{title}': {name}={value!r} must be {words}")
+    for kind in title.split(" + "):
+        lowest, below, words = RANGES.get(f"{kind}.{name}", RANGES[name])
+        if not _is_number(value) or not lowest <= value < below:
+            raise ValueError(f"loss '{title}': {name}={value!r} must be {words}")
     return float(value)
