@@ -171,7 +171,9 @@ def make_loss(loss_type: str | Sequence[str] = DEFAULT_LOSS, **given: Any) -> tu
     """
     several = isinstance(loss_type, list | tuple)
     names = list(loss_type) if several else [loss_type]
-    losses = {name: _named(name) for name in names}
+    if not names:
+        raise ValueError(f"loss_type={loss_type!r} names no loss; give one or several")
+    losses = {str(name): _named(name) for name in names}
     title = " + ".join(map(str, names))
     accepted = _together(losses, given)
     options = {name: given[name] for name in OPTIONS if name in given and name not in accepted}
@@ -188,12 +190,13 @@ def make_loss(loss_type: str | Sequence[str] = DEFAULT_LOSS, **given: Any) -> tu
     loss, hparams = _with_gamma(loss, hparams, given, options, title)
     loss, hparams = _in_doubt(loss, hparams, options, title)
     if (column := options.get("weight_column")) is not None:
+        _in_place(names, "weight_column", title)
         loss = combine.with_weights(loss, _column("weight_column", column, title))
     if "use_weighting" in options:
         if not isinstance(options["use_weighting"], bool):
             raise ValueError(f"loss '{title}': use_weighting={options['use_weighting']!r} must be true or false")
         if options["use_weighting"]:
-            _pairs_in_place(loss, names, "use_weighting", title)
+            _in_place(names, "use_weighting", title, layouts=("pairs",))
             loss = combine.with_wpo_weights(loss)
     if "sft_weight" in options:
         average = _checked("sft_average", given.get("sft_average", "tokens"), title)
@@ -284,8 +287,9 @@ def _in_doubt(loss: Loss, hparams: dict, options: dict, title: str) -> tuple[Los
     return loss._replace(initial_state=functools.partial(batch.label_confidence, eta)), hparams
 
 
-def _pairs_in_place(loss: Loss, names: list[str], option: str, title: str) -> None:
-    if loss.layout != "pairs" or {"aot", "aot_unpaired"} & set(names):
+def _in_place(names: list[str], option: str, title: str, layouts: tuple[str, ...] = ("pairs", "answers")) -> None:
+    sorts = any(_named(name).fn in (batch.aot, batch.aot_unpaired) for name in names)
+    if sorts or any(_named(name).layout not in layouts for name in names):
         raise ValueError(
             f"loss '{title}' has no value of each pair by itself, which {option} would weigh; leave it out"
         )

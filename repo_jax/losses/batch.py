@@ -90,12 +90,13 @@ def gamma_po_queue(
     filled_Q = jnp.arange(QUEUE) < state["seen"]
     lots_Q = jnp.where(filled_Q, jax.random.uniform(draw, (QUEUE,)), -1.0)
     lots, drawn = jax.lax.top_k(lots_Q, max(SOLVED_FOR - len(gap_B), 0))
-    gap_N = jnp.concatenate([gap_B, state["gaps_Q"][drawn]])
+    gaps_Q = jnp.asarray(state["gaps_Q"])
+    gap_N = jnp.concatenate([gap_B, gaps_Q[drawn]])
     gamma_B = tailored(gap_N, jnp.concatenate([there_B, lots >= 0]), mean=beta * gamma, tau=tau)[: len(gap_B)]
     nth_B = jnp.cumsum(there_B) - 1
     place_B = jnp.where(there_B, (state["seen"] + nth_B) % QUEUE, QUEUE)  # beyond the end: dropped
     state = {
-        "gaps_Q": state["gaps_Q"].at[place_B].set(jax.lax.stop_gradient(gap_B), mode="drop"),
+        "gaps_Q": gaps_Q.at[place_B].set(jax.lax.stop_gradient(gap_B).astype(gaps_Q.dtype), mode="drop"),
         "seen": state["seen"] + jnp.sum(there_B, dtype=jnp.int32),
         "key": jax.random.key_data(key),
     }
@@ -179,7 +180,7 @@ def beta_dpo(
         std = jnp.where(state["std"] > 0, state["std"], 1.0)
         weight_B = -0.5 * ((gap_B - state["mean"]) / std) ** 2
         # Drawing without replacement in proportion to e^weight is taking the largest after adding Gumbel noise.
-        lots_B = weight_B + jax.random.gumbel(draw, weight_B.shape, weight_B.dtype)
+        lots_B = weight_B + jax.random.gumbel(draw, weight_B.shape, jnp.float32)
         most = jnp.floor(keep * jnp.sum(there_B) + 1e-4)  # 0.8 of 10 is 8 in float32, too
         kept_B = there_B & (ranks(-lots_B, there_B) < most)
     else:

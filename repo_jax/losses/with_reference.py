@@ -82,7 +82,10 @@ def rpo(pairs: PairLogps, *, beta: float = 0.01, rpo_alpha: float = 0.005) -> ja
 
 
 def discopop(pairs: PairLogps, *, beta: float = 0.05, discopop_tau: float = 0.05) -> jax.Array:
-    """(1 - k) l(x) + k e^-x, x = beta Delta, k = sigmoid(x / discopop_tau): the loss that a language model found. arXiv:2406.08414."""
+    """(1 - k) l(x) + k e^-x, x = beta Delta, k = sigmoid(x / discopop_tau): the loss that a language model found. arXiv:2406.08414.
+
+    It is not monotone: around Delta = 0, where training starts, it rises with Delta and pushes the margin down.
+    """
     x_B = beta * pairs.ratio_margin_B
     log_k_B = -logistic(x_B / discopop_tau)
     return jax.nn.sigmoid(-x_B / discopop_tau) * logistic(x_B) + exp(log_k_B - x_B)

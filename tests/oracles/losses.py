@@ -103,16 +103,17 @@ def simpo_hinge(p, i, beta, gamma):
     return relu(1 - (beta * p.mw(i) - beta * p.ml(i) - beta * gamma))
 
 
-def token_nll(p):
-    return -sum(p.w) / sum(p.nw)
+def token_nll(p, i):
+    """The part of pair i in the mean over all chosen tokens, times the number of pairs."""
+    return -p.w[i] * len(p) / sum(p.nw)
 
 
 def cpo(p, fixed, beta, cpo_alpha, label_smoothing=0.0):
-    return [flipped(beta * (p.w[i] - p.l[i]), label_smoothing) + cpo_alpha * token_nll(p) for i in range(len(p))]
+    return [flipped(beta * (p.w[i] - p.l[i]), label_smoothing) + cpo_alpha * token_nll(p, i) for i in range(len(p))]
 
 
 def cpo_simpo(p, fixed, beta, gamma, cpo_alpha, label_smoothing=0.0):
-    return [flipped(beta * (p.margin(i) - gamma), label_smoothing) + cpo_alpha * token_nll(p) for i in range(len(p))]
+    return [flipped(beta * (p.margin(i) - gamma), label_smoothing) + cpo_alpha * token_nll(p, i) for i in range(len(p))]
 
 
 @per_pair
@@ -141,7 +142,7 @@ def rrhf(p, i):
 
 
 def sft(p, fixed, sft_average):
-    return [token_nll(p) if sft_average == "tokens" else -p.mw(i) for i in range(len(p))]
+    return [token_nll(p, i) if sft_average == "tokens" else -p.mw(i) for i in range(len(p))]
 
 
 # With reference
@@ -193,7 +194,7 @@ def r_dpo(p, i, beta, alpha):
 
 
 def rpo(p, fixed, beta, rpo_alpha):
-    return [cost(beta * p.delta(i)) + rpo_alpha * token_nll(p) for i in range(len(p))]
+    return [cost(beta * p.delta(i)) + rpo_alpha * token_nll(p, i) for i in range(len(p))]
 
 
 @per_pair
