@@ -174,7 +174,7 @@ def test_help_lists_every_leaf_with_its_default(help_of, command):
 def test_help_lists_every_hyperparameter_with_its_default_in_every_loss(help_of):
     text = help_of("train")
     assert "--loss.gamma X hyperparameter; default 0.5 for repo, 0.5 for repo++, 0.25 for simpo" in text
-    assert "--sft_weight X, --loss.sft_weight X beside any loss: " in text
+    assert "--loss.sft_weight X beside any loss: " in text
     for name in {name for loss in LOSSES.values() for name in hyperparameters(loss)}:
         taken = {kind: hyperparameters(loss)[name] for kind, loss in LOSSES.items() if name in hyperparameters(loss)}
         takers = [

@@ -2,7 +2,6 @@
 
 import inspect
 import re
-import textwrap
 
 from repo_jax.losses import ALIASES, CHOICES, LOSSES, OPTIONS, RANGES, hyperparameters
 from repo_jax.losses.types import Loss
@@ -70,7 +69,7 @@ def about(name: str) -> str:
     make_loss(name)
     kind = ALIASES.get(name, name)
     loss = LOSSES[kind]
-    lines = [", ".join([kind, *other_names(kind)]), "", inspect.getdoc(loss.fn), ""]
+    lines = [", ".join([kind, *other_names(kind)]), "", *inspect.getdoc(loss.fn).splitlines(), ""]
     lines += [f"reference model: {'yes' if loss.reference else 'no'}", f"takes: {needs(loss)}"]
     if loss.initial_state is not None:
         lines.append("keeps a running state")
@@ -78,7 +77,17 @@ def about(name: str) -> str:
     for key, default in hyperparameters(loss).items():
         words = ", ".join(CHOICES[key]) if key in CHOICES else RANGES.get(f"{kind}.{key}", RANGES.get(key))[2]
         lines.append(f"{key}: {words} (default: {default if isinstance(default, str) else format(default, 'g')})")
-    return "\n".join(textwrap.fill(line, 120, subsequent_indent="") for line in lines)
+    return "\n".join(lines)
+
+
+START, END = "<!-- objectives: `repo-jax losses` -->", "<!-- end of objectives -->"
+
+
+def in_readme(text: str) -> str:
+    """The README with the table between its marks."""
+    head, rest = text.split(START)
+    _, tail = rest.split(END)
+    return f"{head}{START}\n{as_markdown()}\n{END}{tail}"
 
 
 def as_markdown() -> str:
