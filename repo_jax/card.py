@@ -40,8 +40,7 @@ def model_card(
     metadata["tags"] = ["preference-optimization", *losses, "repo_jax"]
     revision = recipe.get("model", {}).get("model_revision")
     start = f"`{_public(base)}`" + (f" (revision `{revision}`)" if revision else "")
-    paper = re.search(r"arXiv:([\d.]+\d)", (LOSSES[loss_type].fn.__doc__ if loss_type in LOSSES else None) or "")
-    by = f"`{loss_type}`" + (f" ([arXiv:{paper[1]}](https://arxiv.org/abs/{paper[1]}))" if paper else "")
+    by = " + ".join(map(_cited, losses))
     pairs = "on preference pairs" + (f" of {' and '.join(f'`{name}`' for name in datasets)}" if datasets else "")
     lines = ["---", _dump(metadata), "---", "", HEADING, "", f"Started from {start} and trained by {by} {pairs}.", ""]
     if results is not None:

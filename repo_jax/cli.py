@@ -361,7 +361,7 @@ def add_data_flags(parser: argparse.ArgumentParser, data: str) -> None:
 
 def recipe_flags() -> dict[str, str]:
     """'section.leaf' -> what to say of it, for every leaf of the recipe."""
-    from repo_jax.losses import DEFAULT_LOSS, LOSSES, hyperparameters
+    from repo_jax.losses import DEFAULT_LOSS, LOSSES, OPTIONS, hyperparameters
 
     flags = {
         f"{section}.{name}": f"{field.default.description} (default: {default_of(field)})"
@@ -373,6 +373,8 @@ def recipe_flags() -> dict[str, str]:
             words = flags.get(f"loss.{name}", "hyperparameter; default")
             shown = default if isinstance(default, str) else format(default, "g")
             flags[f"loss.{name}"] = f"{words} {shown} for {kind},"
+    for name, words in OPTIONS.items():
+        flags.setdefault(f"loss.{name}", f"beside any loss: {words}")
     flags["loss.gamma_quantile"] = (
         "with --gamma auto: gamma is what this share of the training pairs' margins are below at the start (default: 0.9)"
     )
