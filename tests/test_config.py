@@ -186,7 +186,7 @@ MISTAKES = {
     "optim: {mode: two_pass, two_pass_below: 0.5}": "two_pass_below=0.5 but mode=two_pass; leave one of them out",
     "optim: {mode: direct, two_pass_below: 0}": "two_pass_below=0 but mode=direct; leave one of them out",
     "optim: {two_pass_below: 1.5}": "recipe.optim.two_pass_below=1.5; wanted less than or equal to 1",
-    "model: {model_name_or_path: m, attn_implementation: sdpa}": "recipe.model.attn_implementation='sdpa'; choose one of 'auto', 'dense', 'blocked', 'splash', 'flash'",
+    "model: {model_name_or_path: m, attn_implementation: sdpa}": "recipe.model.attn_implementation='sdpa'; choose one of 'auto', 'dense', 'blocked', 'splash', 'triton', 'flash'",
     "data: {rows_per_device: 0}": "recipe.data.rows_per_device=0; wanted greater than or equal to 1",
     "data: {slots_per_device: 2}": "recipe.data.slots_per_device=2; wanted greater than or equal to 3",
     # what is traced
