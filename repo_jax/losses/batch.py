@@ -65,7 +65,7 @@ def tailored(gap_N, there_N, *, mean, tau) -> jax.Array:
 
     uniform_N = jnp.where(there_N, 1 / count, 0.0).astype(gap_N.dtype)
     p_N = jax.lax.fori_loop(0, 19, step, jnp.where(jnp.any(there_N), uniform_N, 1 / len(gap_N)))
-    return jax.lax.stop_gradient(mean * count * p_N)
+    return mean * count * p_N
 
 
 QUEUE, SOLVED_FOR = 2048, 256  # gaps that are remembered, and with how many margins are shared out

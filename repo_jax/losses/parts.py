@@ -31,14 +31,9 @@ def exp(x) -> jax.Array:
 
 
 def log1mexp(x) -> jax.Array:
-    """log(1 - e^x) for x < 0; 0 counts as -1e-6. Each branch is given only arguments at which its slope is finite."""
+    """log(1 - e^x) for x < 0; 0 counts as -1e-6, at which both branches and their slopes are finite."""
     x = jnp.minimum(x, -1e-6)
-    near = x > -0.6931472
-    return jnp.where(
-        near,
-        jnp.log(-jnp.expm1(jnp.where(near, x, -1.0))),
-        jnp.log1p(-jnp.exp(jnp.where(near, -1.0, x))),
-    )
+    return jnp.where(x > -0.6931472, jnp.log(-jnp.expm1(x)), jnp.log1p(-jnp.exp(x)))
 
 
 def mean_of(x_N, there_N) -> jax.Array:

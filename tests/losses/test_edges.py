@@ -160,6 +160,16 @@ def test_bfloat16_is_computed_in_float32_and_padding_has_no_weight(name):
 # Parts
 
 
+def test_what_is_not_there_is_0_in_all_that_pairs_say():
+    pairs = random_pairs(1, single=True).with_absent((0, 4)).pairs()
+    gone_B2 = ~np.asarray(pairs.there_B2)
+    assert gone_B2.sum() > 4 and (np.asarray(pairs.logps_B2)[gone_B2] != 0).any()
+    for x_B2 in (pairs.sums_B2, pairs.mean_B2, pairs.ratios_B2):
+        np.testing.assert_array_equal(np.asarray(x_B2)[gone_B2], 0)
+        assert np.asarray(x_B2)[~gone_B2].all()
+    np.testing.assert_array_equal(pairs.there_B, ~gone_B2.any(axis=1))
+
+
 def test_log1mexp_is_exact_on_both_branches_and_finite_in_value_and_slope():
     x = np.concatenate([-np.logspace(-5, 3, 200), [-0.6931472, -0.6931471]])
     with np.errstate(divide="ignore"):
