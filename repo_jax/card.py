@@ -7,7 +7,7 @@ from typing import Literal
 import huggingface_hub
 import yaml
 
-from repo_jax.losses import DEFAULT_LOSS, LOSSES
+from repo_jax.losses import ALIASES, DEFAULT_LOSS, LOSSES
 from repo_jax.models.hub import is_hub_name
 
 HEADING = "# Aligned with repo_jax"  # by which an earlier export is known
@@ -36,11 +36,11 @@ def model_card(
         metadata |= {"base_model": base, "base_model_relation": relation}
     if any(map(_on_hub, datasets)):
         metadata["datasets"] = [name for name in datasets if _on_hub(name)]
-    metadata["tags"] = ["preference-optimization", loss_type, "repo_jax"]
+    losses = loss_type if isinstance(loss_type, list) else [loss_type]
+    metadata["tags"] = ["preference-optimization", *losses, "repo_jax"]
     revision = recipe.get("model", {}).get("model_revision")
     start = f"`{_public(base)}`" + (f" (revision `{revision}`)" if revision else "")
-    paper = re.search(r"arXiv:([\d.]+\d)", (LOSSES[loss_type].fn.__doc__ if loss_type in LOSSES else None) or "")
-    by = f"`{loss_type}`" + (f" ([arXiv:{paper[1]}](https://arxiv.org/abs/{paper[1]}))" if paper else "")
+    by = " + ".join(map(_cited, losses))
     pairs = "on preference pairs" + (f" of {' and '.join(f'`{name}`' for name in datasets)}" if datasets else "")
     lines = ["---", _dump(metadata), "---", "", HEADING, "", f"Started from {start} and trained by {by} {pairs}.", ""]
     if results is not None:
@@ -51,6 +51,12 @@ def model_card(
     shown = _dump(recipe)
     fence = "````" if "```" in shown else "```"  # a chat template may hold some
     return "\n".join([*lines, "## Recipe", "", f"{fence}yaml", shown, fence, ""])
+
+
+def _cited(loss_type: str) -> str:
+    loss = LOSSES.get(ALIASES.get(loss_type, loss_type))  # none: a loss of the user's own
+    paper = re.search(r"arXiv:([\d.]+\d)", (loss.fn.__doc__ if loss else None) or "")
+    return f"`{loss_type}`" + (f" ([arXiv:{paper[1]}](https://arxiv.org/abs/{paper[1]}))" if paper else "")
 
 
 def _dump(tree: dict) -> str:

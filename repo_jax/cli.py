@@ -1,4 +1,4 @@
-"""The commands: repo-jax train | evaluate | generate | inspect | prepare | export | bench | plan."""
+"""The commands: repo-jax train | evaluate | generate | inspect | prepare | export | bench | plan | losses."""
 
 import argparse
 import contextlib
@@ -221,6 +221,16 @@ def plan_command(arguments, overrides) -> int:
     return 0 if found["fits"] else 1
 
 
+def losses_command(arguments, overrides) -> int:
+    from repo_jax.losses import catalogue
+
+    if arguments.name is None:
+        print(catalogue.as_text())
+    else:
+        print(checked(catalogue.about, arguments.name))
+    return 0
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but a mistake is answered with one line rather than with every flag there is."""
 
@@ -330,6 +340,8 @@ def parse(argv: list[str]):
     plan.add_argument("--search", action="store_true", help="try meshes, rows per device and remat policies")
     plan.add_argument("--json", metavar="FILE", help="where to write everything as JSON")
     add_recipe_flags(plan)
+    losses = add("losses", losses_command, "list the objectives, or say all of one")
+    losses.add_argument("name", nargs="?", help="a loss_type")
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         close = difflib.get_close_matches(unknown[0], [f"--{name.split('.')[1]}" for name in recipe_flags()], n=1)
@@ -349,18 +361,20 @@ def add_data_flags(parser: argparse.ArgumentParser, data: str) -> None:
 
 def recipe_flags() -> dict[str, str]:
     """'section.leaf' -> what to say of it, for every leaf of the recipe."""
-    from repo_jax.losses import DEFAULT_LOSS, LOSSES, hyperparameters
+    from repo_jax.losses import DEFAULT_LOSS, LOSSES, OPTIONS, hyperparameters
 
     flags = {
         f"{section}.{name}": f"{field.default.description} (default: {default_of(field)})"
         for name, (section, field) in leaf_fields().items()
     }
-    flags["loss.loss_type"] = f"the objective: {', '.join(LOSSES)} (default: {DEFAULT_LOSS})"
+    flags["loss.loss_type"] = f"the objective, of those that `repo-jax losses` lists (default: {DEFAULT_LOSS})"
     for kind, loss in LOSSES.items():
         for name, default in hyperparameters(loss).items():
             words = flags.get(f"loss.{name}", "hyperparameter; default")
             shown = default if isinstance(default, str) else format(default, "g")
             flags[f"loss.{name}"] = f"{words} {shown} for {kind},"
+    for name, words in OPTIONS.items():
+        flags.setdefault(f"loss.{name}", f"beside any loss: {words}")
     flags["loss.gamma_quantile"] = (
         "with --gamma auto: gamma is what this share of the training pairs' margins are below at the start (default: 0.9)"
     )

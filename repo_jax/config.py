@@ -417,9 +417,14 @@ def _explain(error: dict) -> str:
 
 def _unknown(loc: tuple) -> str:
     *parents, name = (str(part) for part in loc)
-    from repo_jax.losses import LOSSES, hyperparameters
+    from repo_jax.losses import LOSSES, OPTIONS, hyperparameters
 
-    of_losses = ["loss_type", "gamma_quantile", *(name for loss in LOSSES.values() for name in hyperparameters(loss))]
+    of_losses = [
+        "loss_type",
+        "gamma_quantile",
+        *OPTIONS,
+        *(key for loss in LOSSES.values() for key in hyperparameters(loss)),
+    ]
     leaves = {name: ("loss", None) for name in of_losses} | leaf_fields()
     if not parents:
         home = f"; write it as {leaves[name][0]}.{name}" if name in leaves else _nearest(name, SECTIONS)

@@ -173,9 +173,13 @@ def test_help_lists_every_leaf_with_its_default(help_of, command):
 
 def test_help_lists_every_hyperparameter_with_its_default_in_every_loss(help_of):
     text = help_of("train")
-    assert "--loss.gamma X hyperparameter; default 0.5 for repo, 0.25 for simpo" in text
+    assert "--loss.gamma X hyperparameter; default 0.5 for repo, 0.5 for repo++, 0.25 for simpo" in text
+    assert "--loss.sft_weight X beside any loss: " in text
     for name in {name for loss in LOSSES.values() for name in hyperparameters(loss)}:
-        takers = [f"{taken[name]:g} for {kind}" for kind in LOSSES if name in (taken := hyperparameters(LOSSES[kind]))]
+        taken = {kind: hyperparameters(loss)[name] for kind, loss in LOSSES.items() if name in hyperparameters(loss)}
+        takers = [
+            f"{value if isinstance(value, str) else format(value, 'g')} for {kind}" for kind, value in taken.items()
+        ]
         words = re.escape(f"hyperparameter; default {', '.join(takers)}")
         assert re.search(rf"--{name}( X)?, --loss\.{name} X {words}", text)
 
@@ -340,7 +344,8 @@ def test_a_mesh_that_does_not_divide_the_model_is_answered(recipe, refusal):
 
 
 def test_an_unknown_loss_is_answered(recipe, refusal):
-    assert refusal("train", recipe, "--loss_type", "dpo") == "unknown loss_type 'dpo'; choose one of repo, simpo"
+    said = refusal("train", recipe, "--loss_type", "dpoo")
+    assert said == "unknown loss_type 'dpoo'; did you mean 'dpo'? `repo-jax losses` lists what there is"
     assert refusal("train", recipe, "--loss_type", "[repo]").startswith("unknown loss_type ")
 
 

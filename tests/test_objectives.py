@@ -144,6 +144,7 @@ def pairs_for(name, unpaired=False):
             groups[group] = other._replace(reference_2=np.float32(rng.normal(-20, 3, 2)))
         noise = rng.normal(0, 0.2)
         columns = {column: float(COLUMNS.get(column, 0.5) + abs(noise) * 0.1) for column in loss.columns}
+        columns |= {column: (0.6 + 0.1 * noise, 0.4 - 0.1 * noise) for column in loss.answer_columns}
         reference = np.float32(rng.normal(-3.9 * np.array(lengths[1:]), 1)) if loss.reference else None
         found.append(pair._replace(columns=columns, groups=groups, reference_2=reference))
     return found
