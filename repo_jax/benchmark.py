@@ -20,6 +20,7 @@ from repo_jax.data.batches import batch_indices
 from repo_jax.data.schema import PairTokens
 from repo_jax.flops import flops_of, lengths_of
 from repo_jax.hardware import chip_of, peak_memory
+from repo_jax.losses import title_of
 from repo_jax.memory import explained, held_in_training, what_helps
 from repo_jax.models.config import DecoderConfig
 from repo_jax.models.decoder import param_shapes
@@ -311,7 +312,7 @@ def as_text(found: dict) -> str:
     memory = next(name for name in found if name.startswith("peak_") and name.endswith("memory_gib"))
     lines = [
         f"{recipe['model']['model_name_or_path']} ({found['parameters']:,} parameters, {found['weights']} weights), "
-        f"{recipe['loss']['loss_type']}, {recipe['optim']['train_batch_size']} pairs per update, {recipe['optim']['mode']}",
+        f"{title_of(recipe['loss']['loss_type'])}, {recipe['optim']['train_batch_size']} pairs per update, {recipe['optim']['mode']}",
         f"{found['devices']} x {found['device_kind']} ({mesh}), {recipe['model']['compute_dtype']}, remat {recipe['model']['remat']}, "
         f"jax {found['versions']['jax']}",
         "",

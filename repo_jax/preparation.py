@@ -20,7 +20,7 @@ from repo_jax.data.rows import BUDGET, RowShape, sizes_of, suggest_shapes, too_l
 from repo_jax.data.store import TokenStore
 from repo_jax.hardware import visible
 from repo_jax.logps import is_live
-from repo_jax.losses import DEFAULT_LOSS, Loss, make_loss
+from repo_jax.losses import DEFAULT_LOSS, Loss, make_loss, title_of
 from repo_jax.models.config import DecoderConfig
 from repo_jax.models.decoder import IN_VIEWS, Decoder, param_shapes
 from repo_jax.models.hub import check_push
@@ -155,7 +155,7 @@ def set_up(
     """
     if training:
         _check_backend()
-    name = recipe.loss.get("loss_type", DEFAULT_LOSS) if loss is None else name_of(loss)
+    name = title_of(recipe.loss.get("loss_type", DEFAULT_LOSS)) if loss is None else name_of(loss)
     given, quantile = without_auto(recipe.loss)
     loss, hparams = make_loss(**given) if loss is None else own_loss(loss, given)
     if quantile is not None:

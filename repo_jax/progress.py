@@ -22,6 +22,7 @@ from repo_jax.distributed import primary
 from repo_jax.evaluation import Evaluation
 from repo_jax.flops import flops_of, lengths_of
 from repo_jax.hardware import chip_of, peak_memory
+from repo_jax.losses import title_of
 from repo_jax.metrics import as_numbers
 from repo_jax.models.decoder import param_shapes
 from repo_jax.optimizer import learning_rate
@@ -220,7 +221,7 @@ def describe(setup: Setup) -> str:
         f"{name} {value if isinstance(value, str) else format(value, 'g')}" for name, value in chosen.items()
     )
     lines = [
-        f"{recipe.loss['loss_type']} ({objective}) on {recipe.model.model_name_or_path}, in {recipe.model.compute_dtype}"
+        f"{title_of(recipe.loss['loss_type'])} ({objective}) on {recipe.model.model_name_or_path}, in {recipe.model.compute_dtype}"
     ]
     if setup.loss.reference:
         lines.append(

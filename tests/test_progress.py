@@ -214,5 +214,7 @@ def test_a_run_is_described_with_what_became_of_every_row(tmp_path):
     assert describe(setup).splitlines()[-2] == "tokens: truncation keep_end, max_length 64, use_poet True"
     setup.loss = Loss(simpo, reference=True)
     assert describe(setup).splitlines()[1] == "compared with some/model as it is"
+    setup.recipe = dataclasses.replace(setup.recipe, loss={"loss_type": ["dpo", "sft"], "loss_weights": [1, 0.1]})
+    assert describe(setup).startswith("dpo + sft (beta 2, ")
     setup.held_out = None
     assert not any(line.startswith("held-out") for line in describe(setup).splitlines())

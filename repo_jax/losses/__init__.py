@@ -27,6 +27,7 @@ __all__ = [
     "make_loss",
     "repo",
     "simpo",
+    "title_of",
 ]
 
 free, ref = reference_free, with_reference
@@ -76,7 +77,6 @@ LOSSES = {
     "ld_dpo":             referred(ref.ld_dpo, data=("ld_alpha",), vouched="TRL"),
     "poet":               referred(ref.poet, data=("use_poet",), vouched="paper's code"),
     "d2po":               referred(ref.d2po, data=("temporal_decay",), vouched="paper's code"),
-    "tis_dpo":            referred(ref.tis_dpo, vouched="paper's code"),
     "wpo":                referred(ref.wpo, terms=("log_sum_p2",), vouched="paper's code"),
     "tdpo1":              referred(ref.tdpo1, terms=("kl_reference",), vouched="paper's code"),
     "tdpo2":              referred(ref.tdpo2, terms=("kl_reference",), vouched="paper's code"),
@@ -157,6 +157,11 @@ OPTIONS = {
 DEFAULT_LOSS = "repo"
 
 
+def title_of(loss_type: str | Sequence[str]) -> str:
+    """What people call the objective: one name, or several that are summed."""
+    return loss_type if isinstance(loss_type, str) else " + ".join(map(str, loss_type))
+
+
 def hyperparameters(loss: Loss) -> dict[str, float | str]:
     """The hyperparameters a loss takes, with their defaults; a text chooses between forms."""
     parameters = inspect.signature(loss.fn).parameters.values()
@@ -174,7 +179,7 @@ def make_loss(loss_type: str | Sequence[str] = DEFAULT_LOSS, **given: Any) -> tu
     if not names:
         raise ValueError(f"loss_type={loss_type!r} names no loss; give one or several")
     losses = {str(name): _named(name) for name in names}
-    title = " + ".join(map(str, names))
+    title = title_of(names)
     accepted = _together(losses, given)
     options = {name: given[name] for name in OPTIONS if name in given and name not in accepted}
     for name in given:

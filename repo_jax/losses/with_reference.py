@@ -220,14 +220,6 @@ def d2po(pairs: PairLogps, *, beta: float = 0.1) -> jax.Array:
     return dpo(pairs, beta=beta)
 
 
-def tis_dpo(pairs: PairLogps, *, beta: float = 0.1) -> jax.Array:
-    """DPO where each token counts for its weight (PairTokens.weights), without the paper's KL terms. arXiv:2410.04350.
-
-    No recipe gives such weights so far: they come from Python, through the `weights` of a token store. Without them this is dpo.
-    """
-    return dpo(pairs, beta=beta)
-
-
 # Terms over the vocabulary, and further sequences.
 
 

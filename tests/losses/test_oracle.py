@@ -227,7 +227,7 @@ def test_losses_of_tokens_have_the_published_numbers():
         ("poet", token_pair(keep=(3, 3)), 0.649159),
         ("ld_dpo", token_pair(1.0, np.array([1, 1, 1, 0.5, 0.5])), 0.646775),
         ("d2po", token_pair(*decay), 0.646274),
-        ("tis_dpo", token_pair(*tis), 0.650115),
+        ("dpo", token_pair(*tis), 0.650115),
         ("tdpo1", token_pair(terms={"kl_reference": np.array([[0.17, 0.18]])}), 0.644872),
         ("tdpo2", token_pair(terms={"kl_reference": np.array([[0.17, 0.18]])}), 0.644634),
     ]:

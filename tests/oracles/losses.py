@@ -286,7 +286,7 @@ def tempered_dpo(p, i, beta, tau):
     return cost(beta * p.delta(i) * math.exp(-sum(p.columns["uncertainty"][i]) / tau))
 
 
-ld_dpo = poet = d2po = tis_dpo = dpo
+ld_dpo = poet = d2po = dpo
 
 
 def wpo_weight(fixed, i):
