@@ -1,5 +1,6 @@
 """The token store: every row tokenized once, kept as ArrayRecord by a TFDS builder, read back by random access."""
 
+import abc
 import collections
 import concurrent.futures
 import contextlib
@@ -85,9 +86,9 @@ class Pairs(Sequence):
         sides = (self.columns.get(f"{name}_{side}") for side in ("chosen", "rejected"))
         return tuple(0.0 if values is None or np.isnan(values[i]) else float(values[i]) for values in sides)
 
+    @abc.abstractmethod
     def plain(self, i: int) -> PairTokens:
         """Pair i without any of that."""
-        raise NotImplementedError
 
 
 class TokenStore(Pairs):

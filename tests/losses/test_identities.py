@@ -204,10 +204,9 @@ def test_hyperparameters_may_be_traced(name):
     np.testing.assert_allclose(jitted(numbers), values_of(loss, pairs, hparams, state=state), rtol=3e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+# beta_dpo draws which pairs count, by their place.
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "beta_dpo"])
 def test_the_order_of_pairs_does_not_matter(name):
-    if name == "beta_dpo":
-        pytest.skip("draws by place")
     loss, hparams = make_loss(name)
     state, order = default_state(loss), np.random.default_rng(1).permutation(12)
     turned = jax.tree.map(lambda x: x[order], PAIRS.pairs())
