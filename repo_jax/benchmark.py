@@ -29,7 +29,7 @@ from repo_jax.models.pretrained import Pretrained
 from repo_jax.optimizer import is_matrix, make_optimizer
 from repo_jax.preparation import Setup, keep_programs, set_up
 from repo_jax.progress import Compiled, compiled
-from repo_jax.reference import with_any_reference
+from repo_jax.reference import live_reference, with_any_reference
 from repo_jax.state import TrainState, initial_state, state_shapes, state_shardings, variables_of
 from repo_jax.step import Scorer, TrainStep
 from repo_jax.stores import model_files
@@ -75,6 +75,7 @@ class Run(NamedTuple):
     scorer: Scorer
     step: TrainStep
     frozen: dict | None
+    live: dict | None
 
 
 def bench(setup: Setup, *, steps: int, warmup: int, split_steps: int) -> dict:
@@ -84,7 +85,7 @@ def bench(setup: Setup, *, steps: int, warmup: int, split_steps: int) -> dict:
     optimizer = make_optimizer(setup.recipe.optim, setup.total_steps)
     shapes = state_shapes(setup.trained_shapes, optimizer, setup.loss)
     shardings = state_shardings(shapes, optimizer, setup.mesh)
-    held = held_in_training(shapes, shardings, setup.frozen_shapes)
+    held = held_in_training(shapes, shardings, setup.frozen_shapes, setup.live_shapes)
     with explained(setup.mesh, held, lambda: what_helps(setup.recipe, setup.mesh, held)):
         run, state = _start(setup, optimizer, shapes, shardings)
         batches = _batches(setup)
@@ -119,8 +120,10 @@ def _start(setup: Setup, optimizer, shapes: TrainState, shardings: TrainState) -
         params = init_adapters(jax.random.key(run.seed), shapes.params, shardings.params)
     scorer = Scorer(setup.model, setup.loss, setup.hparams, setup.mesh, setup.shapes)
     options = {"mode": optim.mode, "two_pass_below": optim.two_pass_below, "frozen": frozen, "seed": run.seed}
+    live = live_reference(setup, frozen)
+    options |= {"live": live, "total_steps": setup.total_steps}
     step = TrainStep(scorer, setup.model, setup.loss, optimizer, shardings, **options)
-    return Run(scorer, step, frozen), initial_state(params, optimizer, shardings, setup.loss)
+    return Run(scorer, step, frozen, live), initial_state(params, optimizer, shardings, setup.loss)
 
 
 def _batches(setup: Setup) -> Iterator[list[PairTokens]]:
@@ -188,7 +191,7 @@ def split(setup: Setup, run: Run, state: TrainState, batches: Iterator, steps: i
 def _split_once(setup: Setup, run: Run, state: TrainState, batches: Iterator) -> dict:
     pairs, reading = _timed(lambda: next(batches))
     rows, building = _timed(lambda: run.scorer.rows(pairs))
-    variables = variables_of(state.params, run.frozen)
+    variables = variables_of(state.params, run.frozen, run.live)
     _, scoring = _timed(lambda: run.scorer.weigh(run.scorer(variables, rows)))
     form = run.step.form(state)
     (grads, metrics), gradient = _timed(

@@ -14,8 +14,9 @@ from repo_jax.losses import PairLogps
 from repo_jax.memory import explained, held_in_scoring, what_helps
 from repo_jax.metrics import as_numbers
 from repo_jax.preparation import Setup, keep_programs, set_up
-from repo_jax.reference import with_reference
+from repo_jax.reference import live_reference, with_reference
 from repo_jax.rewards import evaluate_rewards
+from repo_jax.state import variables_of
 from repo_jax.step import Scorer
 
 GROUP = 256  # pairs that are packed together
@@ -59,12 +60,12 @@ def evaluate_setup(setup: Setup) -> dict[str, float | str]:
     """evaluate, for a recipe that has been looked at."""
     keep_programs(setup.recipe.run.compile_cache_dir)
     place = setup.mesh, setup.recipe.model.param_dtype
-    held = held_in_scoring(setup.pretrained.shapes(*place))
+    held = held_in_scoring(setup.pretrained.shapes(*place), setup.live_shapes)
     with explained(setup.mesh, held, lambda: what_helps(setup.recipe, setup.mesh, held)):
         if setup.cfg.labels:
             return evaluate_rewards(setup)
         setup = with_reference(setup, say=_aside)
-        variables = {"params": setup.pretrained.params(*place)}
+        variables = variables_of(setup.pretrained.params(*place), None, live_reference(setup, None))
         scorer = Scorer(setup.model, setup.loss, setup.hparams, setup.mesh, setup.shapes)
         results = summarize(evaluate_pairs(scorer, variables, setup.held_out, progress=1.0))
     return setup.recipe.loss | results | {"pairs": len(setup.held_out)}

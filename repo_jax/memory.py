@@ -59,9 +59,12 @@ def held_in_training(
     return {"frozen parameters": held_in_scoring(frozen)["parameters"]} | held
 
 
-def held_in_scoring(params: dict) -> dict[str, int]:
-    """Bytes per device of a model that is not trained, of arrays or of ShapeDtypeStructs with shardings."""
-    return {"parameters": bytes_per_device(params, jax.tree.map(lambda leaf: leaf.sharding, params))}
+def held_in_scoring(params: dict, live: dict | None = None) -> dict[str, int]:
+    """Bytes per device of a model that is not trained, and of a reference model beside it: arrays or ShapeDtypeStructs with shardings."""
+    models = {"parameters": params} | ({} if live is None else {"reference parameters": live})
+    return {
+        kind: bytes_per_device(model, jax.tree.map(lambda leaf: leaf.sharding, model)) for kind, model in models.items()
+    }
 
 
 def room(device) -> int | None:

@@ -24,14 +24,14 @@ from repo_jax.config import Recipe
 from repo_jax.data.rows import RowShape, Sizes, packed, suggest_shapes
 from repo_jax.flops import Lengths, flops_of
 from repo_jax.hlo import Work, by_kind_and_axes, work_of
-from repo_jax.losses import make_loss
+from repo_jax.losses import make_loss, title_of
 from repo_jax.memory import is_out_of_memory
 from repo_jax.models.config import DecoderConfig
 from repo_jax.models.decoder import param_shapes
 from repo_jax.preparation import slots_per_device, without_auto
 from repo_jax.programs import Held, Programs, with_dtypes
 from repo_jax.sharding import AXES, make_mesh
-from repo_jax.step import break_even
+from repo_jax.step import break_even, needs_two_passes, takes_two_passes
 from repo_jax.stores import model_files
 from repo_jax.topology import (
     NoCompilerError,
@@ -98,7 +98,7 @@ def plan(
     without_accelerators()
     there = parse_topology(topology, slices)
     recipe = dataclasses.replace(recipe, loss=without_auto(recipe.loss)[0])
-    make_loss(**recipe.loss)
+    recipe = _in_its_form(recipe)
     cfg = read_model_config(model_config) if model_config else DecoderConfig.from_hf(model_files(recipe).weights)
     if not searching:
         return make_plan(recipe, cfg, there, command=command)
@@ -106,6 +106,15 @@ def plan(
     changes = best[0].pop("change") if best and best[0]["fits"] else {}
     found = make_plan(changed(recipe, changes), cfg, there, command=f"{command} {flags(changes)}".strip())
     return found | {"search": [{name: value for name, value in one.items() if name != "change"} for one in best]}
+
+
+def _in_its_form(recipe: Recipe) -> Recipe:
+    """As training has it: a loss that only two passes are exact for takes two."""
+    if not takes_two_passes(make_loss(**recipe.loss)[0]):
+        return recipe
+    if recipe.optim.mode == "direct":
+        raise ValueError(needs_two_passes(f"loss '{title_of(recipe.loss['loss_type'])}'"))
+    return dataclasses.replace(recipe, optim=dataclasses.replace(recipe.optim, mode="two_pass"))
 
 
 # Rows
@@ -337,7 +346,7 @@ def make_plan(
     mesh = make_mesh(*sizes, devices)
     programs = Programs(recipe, cfg, mesh, rows.shape)
     parts = {}
-    for name in ("add_direct", "add_weighted", "score", "update"):
+    for name in programs.names:
         parts[name] = compiled(programs, name, rows)
         if parts[name]["peak"] > limit:  # the largest comes first
             break
@@ -531,10 +540,11 @@ def tried(recipe: Recipe, cfg: DecoderConfig, topology: Topology, changes: dict)
     if not devices or guess.peak > 1.5 * limit:
         return found | _brief(_estimated(guess, topology, recipe))
     programs = Programs(recipe, cfg, make_mesh(*sizes, devices), rows.shape)
-    part = compiled(programs, "add_direct", rows)
-    said = _said(programs.held, {"add_direct": part}, limit)
+    name = programs.names[0]
+    part = compiled(programs, name, rows)
+    said = _said(programs.held, {name: part}, limit)
     if "work" in part:
-        said |= _costs(recipe, cfg, topology, programs.mesh, rows, {"add_direct": part})
+        said |= _costs(recipe, cfg, topology, programs.mesh, rows, {name: part})
     return found | _brief(said)
 
 

@@ -21,13 +21,14 @@ from repo_jax.data.store import TokenStore
 from repo_jax.hardware import visible
 from repo_jax.logps import is_live
 from repo_jax.losses import DEFAULT_LOSS, Loss, make_loss, title_of
+from repo_jax.losses.types import PASSED
 from repo_jax.models.config import DecoderConfig
 from repo_jax.models.decoder import IN_VIEWS, Decoder, param_shapes
 from repo_jax.models.hub import check_push
 from repo_jax.models.lora import adapter_shapes
 from repo_jax.models.pretrained import Pretrained, open_model
 from repo_jax.sharding import batch_ways, make_mesh, param_shardings
-from repo_jax.step import PASSED, needs_two_passes, takes_two_passes
+from repo_jax.step import needs_two_passes, takes_two_passes
 from repo_jax.stores import held_out_store, model_files, tokenizer_of, train_store
 
 # At the published gamma of 0.4 some 13 % of the pairs have reached it after a fifth of a run.
@@ -272,7 +273,15 @@ def own_loss(loss: Loss | Callable, given: dict) -> tuple[Loss, dict[str, float 
     name = name_of(loss)
     loss = loss if isinstance(loss, Loss) else Loss(loss)
     _, *parameters = inspect.signature(loss.fn).parameters.values()  # the first is the pairs
+    if open_ended := [one for one in parameters if one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]:
+        raise ValueError(
+            f"loss '{name}' takes {open_ended[0]}, which does not say what its hyperparameters are; name them in its signature, "
+            "or, for what make_loss made, give the recipe's loss section instead"
+        )
     accepted = {one.name: one.default for one in parameters if one.name not in PASSED}
+    for key, value in accepted.items():
+        if value is not inspect.Parameter.empty and not isinstance(value, str | bool | int | float):
+            raise ValueError(f"loss '{name}': the default {key}={value!r} must be a number, a text, true or false")
     for key, value in given.items():
         if key == "loss_type" and value == name:
             continue
@@ -362,7 +371,9 @@ def _reference(
             )
         return None
     if given is None:
-        if not training and not all(map(own_reference, stores)):
+        # The data's own columns are of the pairs alone.
+        of_pairs = not is_live(loss) and not any(pairs.compared for store in stores for pairs in store.groups.values())
+        if not training and not (of_pairs and all(map(own_reference, stores))):
             raise ValueError(
                 f"loss '{name}' compares '{model.model_name_or_path}' with a reference model; give reference_model_name_or_path, the model it was trained from"
             )

@@ -20,7 +20,7 @@ from repo_jax.optimizer import make_optimizer
 from repo_jax.preparation import decoder
 from repo_jax.sharding import BATCH, param_shardings
 from repo_jax.state import TrainState, state_shapes, state_shardings, variables_of
-from repo_jax.step import Gathered, Slopes, add_direct, add_weighted, bound, no_pairs, score, update
+from repo_jax.step import Gathered, Slopes, add_direct, add_weighted, bound, no_pairs, score, takes_two_passes, update
 
 
 def with_dtypes(recipe: Recipe) -> Recipe:
@@ -94,6 +94,12 @@ class Programs:
             **{name: jax.ShapeDtypeStruct(size, jnp.int32, sharding=rows) for name, size in ints.items()},
             filled_B=self._whole((B,), bool),
         )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those that updates may run, the largest first."""
+        passes = ("add_weighted", "score", "update")
+        return passes if takes_two_passes(self.loss) else ("add_direct", *passes)
 
     def _whole(self, shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self.everywhere)

@@ -23,7 +23,7 @@ from repo_jax.data.rows import row_batches
 from repo_jax.data.schema import DamagedStoreError, PairTokens
 from repo_jax.data.store import Pairs
 from repo_jax.distributed import on_all, primary
-from repo_jax.logps import scored_tokens
+from repo_jax.logps import is_live, scored_tokens
 from repo_jax.models.tensors import fingerprint
 from repo_jax.preparation import Setup, decoder, own_reference
 from repo_jax.step import place
@@ -61,7 +61,8 @@ def with_reference(setup: Setup, params: dict | None = None, *, say: Callable[[s
         store = getattr(setup, name)
         if store is None:
             continue
-        for group, pairs in {None: store, **store.groups}.items():
+        compared = {group: pairs for group, pairs in store.groups.items() if pairs.compared}
+        for group, pairs in {None: store, **compared}.items():
             if group is None and (columns := own_reference(store)):
                 say(f"{store.name}: log-probs under the reference model are the data's own ({', '.join(columns)})")
                 found[name, group] = _from_columns(store, columns)
@@ -81,9 +82,21 @@ def with_reference(setup: Setup, params: dict | None = None, *, say: Callable[[s
     served = {}
     for name in {name for name, _ in found}:
         store = getattr(setup, name)
-        groups = {group: pairs.serving(reference=found[name, group]) for group, pairs in store.groups.items()}
+        groups = {
+            group: pairs.serving(reference=found[name, group]) if pairs.compared else pairs
+            for group, pairs in store.groups.items()
+        }
         served[name] = store.serving(reference=found[name, None], groups=groups)
     return setup._replace(**served)
+
+
+def live_reference(setup: Setup, frozen: dict | None) -> dict | None:
+    """The variables of the reference model where its whole distribution is wanted; it stays on the devices to the end."""
+    if not is_live(setup.loss):
+        return None
+    if setup.reference is None and frozen is not None:
+        return {"params": frozen}
+    return {"params": _params(setup)}
 
 
 def with_any_reference(setup: Setup) -> Setup:

@@ -5,7 +5,6 @@ Axis letters: R rows, T token slots, S scored tokens, B pairs of the global batc
 
 import copy
 import functools
-import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from repo_jax.data.rows import Known, RowBatch, RowShape, known_of, row_batches
 from repo_jax.data.schema import PairTokens
 from repo_jax.distributed import from_primary
 from repo_jax.logps import exact_matmuls, pair_logps, weighted_logps
-from repo_jax.losses import Loss, LossOut, PairLogps
+from repo_jax.losses import Loss, PairLogps
 from repo_jax.metrics import preference_metrics
 from repo_jax.models.decoder import Decoder
 from repo_jax.optimizer import apply_updates
@@ -132,23 +131,11 @@ def quiet(pairs: PairLogps, here_B2) -> PairLogps:
     )
 
 
-# What a loss is passed under these names, if its signature has them; all else there is a hyperparameter.
-PASSED = ("state", "progress", "training")
-
-
 def bound(loss: Loss, hparams: dict) -> tuple[Loss, dict[str, np.float32]]:
     """The loss with those hyperparameters settled that choose between forms (texts), and the others, which programs take as numbers."""
     chosen = {name: value for name, value in hparams.items() if isinstance(value, str | bool)}
     numbers = {name: np.float32(value) for name, value in hparams.items() if name not in chosen}
     return (loss._replace(fn=functools.partial(loss.fn, **chosen)) if chosen else loss), numbers
-
-
-def evaluate(loss: Loss, pairs: PairLogps, hparams: dict, state, progress, *, training: bool) -> LossOut:
-    """The loss of pairs, with what its signature asks for beside hyperparameters."""
-    own = dict(zip(PASSED, (state, progress, training), strict=True))
-    takes = inspect.signature(loss.fn).parameters
-    out = loss.fn(pairs, **hparams, **{name: value for name, value in own.items() if name in takes})
-    return out if isinstance(out, LossOut) else LossOut(out)
 
 
 def mean_of(values, lengths_B2, here_B2, *, layout: str):
@@ -180,7 +167,7 @@ def add_direct(
         scored = pair_logps(model, variables_of(params, frozen, live), batch, dropout=dropout, terms=loss.terms)
         pairs = join(scored, known)
         here_B2 = pairs.there_B2 & batch.filled_B[:, None]
-        out = evaluate(loss, quiet(pairs, here_B2), hparams, None, progress, training=True)
+        out = loss(quiet(pairs, here_B2), progress=progress, **hparams)
         return mean_of(out.values, pairs.lengths_B2, here_B2, layout=loss.layout), scored
 
     with exact_matmuls(model.dtype):  # also the rules of custom derivatives, which are traced here
@@ -211,7 +198,7 @@ def weigh(pairs: PairLogps, hparams: dict, state, progress, *, loss: Loss, train
     """The slopes of the mean loss over the whole global batch, and the metrics."""
 
     def objective(pairs):
-        out = evaluate(loss, quiet(pairs, pairs.there_B2), hparams, state, progress, training=training)
+        out = loss(quiet(pairs, pairs.there_B2), state=state, progress=progress, training=training, **hparams)
         value = mean_of(out.values, pairs.lengths_B2, pairs.there_B2, layout=loss.layout)
         return value, (value, out)
 

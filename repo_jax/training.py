@@ -18,14 +18,13 @@ from repo_jax.data.schema import PairTokens
 from repo_jax.distributed import Interruption, agree, from_primary, join, primary, stopping_at_once
 from repo_jax.evaluation import evaluate_pairs, score_pairs
 from repo_jax.export import card_of, export_adapter, export_merged, export_model, push_export
-from repo_jax.logps import is_live
 from repo_jax.losses import Loss
 from repo_jax.memory import explained, held_in_training, what_helps
 from repo_jax.models.lora import init_adapters
 from repo_jax.optimizer import make_optimizer
 from repo_jax.preparation import Setup, keep_programs, set_up
 from repo_jax.progress import Compiled, Log, compiled, describe, say
-from repo_jax.reference import with_reference
+from repo_jax.reference import live_reference, with_reference
 from repo_jax.report import summary_text, write_report
 from repo_jax.run_folder import (
     RunFolder,
@@ -136,15 +135,6 @@ def _run(setup: Setup, optimizer, shapes: TrainState, shardings: TrainState, beg
             place.keep()
         finish(setup, params, frozen, place)
     return folder
-
-
-def live_reference(setup: Setup, frozen: dict | None) -> dict | None:
-    """The variables of the reference model where its whole distribution is wanted; it stays on the devices to the end."""
-    if not is_live(setup.loss):
-        return None
-    if setup.reference is None and frozen is not None:
-        return {"params": frozen}
-    return {"params": (setup.reference or setup.pretrained).params(setup.mesh, setup.recipe.model.param_dtype)}
 
 
 def first_gamma(setup: Setup, scorer: Scorer, variables: dict) -> float:

@@ -222,3 +222,16 @@ def test_a_recipe_that_pushes_to_the_hub_is_measured_without_that(tmp_path):
     setup = quickstart(tmp_path, run__push_to_hub=True, run__hub_model_id="ORG/NAME")
     assert setup.push_to is None and not (tmp_path / "run").exists()
     assert setup.cfg == DecoderConfig.from_hf(STORIES)
+
+
+def test_a_loss_with_the_reference_model_beside_it_is_measured(tmp_path):
+    own = {"loss": {"loss_type": "tdpo2"}, "model.model_name_or_path": str(STORIES), "optim.mode": "direct"}
+    recipe = load_recipe(ROOT / "configs" / "quickstart.yaml", {k: v for k, v in own.items() if k != "loss"})
+    recipe = dataclasses.replace(
+        recipe,
+        loss=own["loss"],
+        data=dataclasses.replace(recipe.data, dataset_name=str(ASSETS / "preferences"), cache_dir=str(tmp_path)),
+    )
+    setup = prepare(recipe)
+    setup = setup._replace(mesh=one_device(), shapes=tuple(shape._replace(R=2) for shape in setup.shapes))
+    assert bench(setup, steps=1, warmup=1, split_steps=1)["pairs_per_second"] > 0

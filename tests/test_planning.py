@@ -33,7 +33,7 @@ from repo_jax.planning import (
     rows_for,
     what_would_fit,
 )
-from repo_jax.programs import Programs, with_dtypes
+from repo_jax.programs import PROGRAMS, Programs, with_dtypes
 from repo_jax.sharding import make_mesh
 from repo_jax.topology import NoCompilerError, parse_topology
 
@@ -337,3 +337,29 @@ def test_collectives_of_the_real_step_go_over_the_axes_they_should(programs):
     work = work_of(programs("add_direct").as_text(), programs.mesh.shape)
     axes = {one.axes for one in work.collectives if one.loop == "layers"}
     assert any("tensor" in name for name in axes) and any("fsdp" in name for name in axes)
+
+
+@pytest.mark.parametrize(
+    "loss", [{"loss_type": name} for name in ("kto", "bco", "amapo", "tdpo2", "rationale_dpo")] + [{"lcpo_alpha": 0.1}]
+)
+def test_programs_of_losses_that_need_more_than_pairs_are_those_of_training(loss):
+    recipe = with_dtypes(
+        to_recipe({"model": {"model_name_or_path": "m"}, "loss": loss, "optim": {"train_batch_size": 8}})
+    )
+    programs = Programs(recipe, TINY, make_mesh(1, 1, 1, jax.devices()[:1]), planning.RowShape(4, 48, 40, 0))
+    assert ("add_direct" in programs.names) == (loss == {"loss_type": "tdpo2"})
+    for name in programs.names:
+        fn, args, _ = PROGRAMS[name](programs)
+        jax.eval_shape(fn, *args)
+
+
+def test_a_plan_has_the_form_that_training_takes():
+    def planned(**optim):
+        optim = {"train_batch_size": 8} | optim
+        return planning._in_its_form(
+            to_recipe({"model": {"model_name_or_path": "m"}, "loss": {"loss_type": "kto"}, "optim": optim})
+        )
+
+    assert planned().optim.mode == "two_pass"
+    with pytest.raises(ValueError, match="mode=direct but loss 'kto' mixes"):
+        planned(mode="direct")

@@ -10,7 +10,7 @@ from examples import ASSETS, STORIES, TINY
 from repo_jax import hardware, preparation
 from repo_jax.config import ModelSection, to_recipe
 from repo_jax.data.rows import known_of
-from repo_jax.losses import Loss
+from repo_jax.losses import Loss, make_loss
 from repo_jax.models.config import DecoderConfig
 from repo_jax.models.lora import adapter_shapes, save_adapter
 from repo_jax.preparation import compute_dtype, keep_programs, kernel_of, set_up
@@ -256,6 +256,22 @@ def test_hyperparameters_of_a_users_own_loss_are_its_keyword_arguments(tmp_path,
     assert str(refused.value) == message
     setup = set_up(recipe(tmp_path, loss={"gamma": 1}), training=False, loss=mine)
     assert setup.recipe.loss == {"loss_type": "mine", "gamma": 1.0, "beta": 2.0} and setup.loss == Loss(mine)
+
+
+@pytest.mark.parametrize(
+    "mine, message",
+    [
+        (make_loss("repo", sft_weight=0.1)[0], r"takes \*\*hparams, which does not say what its hyperparameters are"),
+        (
+            lambda pairs, *, gamma=None: pairs.mean_margin_B,
+            "the default gamma=None must be a number, a text, true or false",
+        ),
+    ],
+    ids=["anything", "None"],
+)
+def test_a_users_own_loss_says_what_its_hyperparameters_are(tmp_path, mine, message):
+    with pytest.raises(ValueError, match=message):
+        set_up(recipe(tmp_path), training=False, loss=mine)
 
 
 def test_losses_that_mix_pairs_take_two_passes_or_stop_at_the_start(tmp_path, rows):

@@ -18,6 +18,7 @@ from repo_jax import reference
 from repo_jax.config import dump_recipe, load_recipe, to_recipe
 from repo_jax.data.groups import Mismatched
 from repo_jax.data.schema import DamagedStoreError
+from repo_jax.evaluation import evaluate_setup
 from repo_jax.losses import Loss, LossOut
 from repo_jax.models.decoder import Decoder
 from repo_jax.preparation import set_up
@@ -349,3 +350,26 @@ def test_a_running_state_goes_on_from_a_checkpoint_and_evaluation_leaves_it(fold
     assert [line["step"] for line in again] == [1, 2, 3, 4]
     for name in ("loss", "seen", "shift", "rewards/margins"):
         assert [line[name] for line in again] == [line[name] for line in first]
+
+
+def test_a_whole_distribution_is_compared_in_evaluation_too(folder):
+    recipe = recipe_in(folder, model={"reference_model_name_or_path": str(STORIES)})
+    recipe = dataclasses.replace(recipe, loss={"loss_type": "tdpo2"})
+    setup = set_up(recipe, training=False)
+    found = evaluate_setup(setup._replace(mesh=one_device(), shapes=(setup.shapes[0]._replace(R=1),)))
+    assert found["loss"] == pytest.approx(math.log(2), abs=1e-5)  # of a model beside itself
+
+
+@pytest.mark.parametrize("loss_type", ["kto", "tdpo2"])
+def test_the_datas_own_columns_do_for_pairs_alone(folder, tmp_path, loss_type):
+    """Else the model that is evaluated would be its own reference."""
+    for split in ("train", "test"):
+        text = (folder / "data" / f"{split}.jsonl").read_text(encoding="utf-8")
+        rows = [json.loads(line) for line in text.splitlines()]
+        (tmp_path / "data").mkdir(exist_ok=True)
+        more = {"ref_chosen_logps": -20.0, "ref_rejected_logps": -21.0}
+        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row | more) + "\n" for row in rows))
+    recipe = dataclasses.replace(recipe_in(tmp_path), loss={"loss_type": loss_type})
+    with pytest.raises(ValueError, match=f"loss '{loss_type}' compares .* give reference_model_name_or_path"):
+        set_up(recipe, training=False)
+    set_up(dataclasses.replace(recipe, loss={"loss_type": "dpo"}), training=False)

@@ -61,6 +61,8 @@ class Rationale(Pairs):
     loses the beginning of what stands before the rationale.
     """
 
+    compared = False
+
     def __init__(self, store: TokenStore, tokenizer):
         self._store, self.key, texts = store, f"{store.key}-rationale-1", []
         for i in range(len(store)):

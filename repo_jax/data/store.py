@@ -55,6 +55,7 @@ class Pairs(Sequence):
     """Pairs by number, with what a loss asks for beside their ids: columns, log-probs under the reference model, further sequences."""
 
     key: str  # of data + tokens
+    compared = True  # with a reference model, by losses that have one
     columns: Mapping[str, np.ndarray] = {}
     _asked: tuple[str, ...] = ()
     _reference: Callable[[int, PairTokens], np.ndarray] | None = None

@@ -75,7 +75,7 @@ LOSSES = {
     "pessimistic_dpo":    referred(ref.pessimistic_dpo, answer_columns=("uncertainty",)),
     "tempered_dpo":       referred(ref.tempered_dpo, answer_columns=("uncertainty",)),
     "ld_dpo":             referred(ref.ld_dpo, data=("ld_alpha",), vouched="TRL"),
-    "poet":               referred(ref.poet, data=("use_poet",), vouched="paper's code"),
+    "poet":               referred(ref.poet, data=("use_poet",)),
     "d2po":               referred(ref.d2po, data=("temporal_decay",), vouched="paper's code"),
     "wpo":                referred(ref.wpo, terms=("log_sum_p2",), vouched="paper's code"),
     "tdpo1":              referred(ref.tdpo1, terms=("kl_reference",), vouched="paper's code"),
@@ -193,7 +193,7 @@ def make_loss(loss_type: str | Sequence[str] = DEFAULT_LOSS, **given: Any) -> tu
     else:
         loss = losses[loss_type]
     loss, hparams = _with_gamma(loss, hparams, given, options, title)
-    loss, hparams = _in_doubt(loss, hparams, options, title)
+    loss, hparams = _in_doubt(loss, names, hparams, options, title)
     if (column := options.get("weight_column")) is not None:
         _in_place(names, "weight_column", title)
         loss = combine.with_weights(loss, _column("weight_column", column, title))
@@ -278,11 +278,12 @@ def _with_gamma(loss: Loss, hparams: dict, given: Mapping, options: dict, title:
     return combine.with_schedule(loss, schedule), hparams | {"gamma_end": end}
 
 
-def _in_doubt(loss: Loss, hparams: dict, options: dict, title: str) -> tuple[Loss, dict]:
+def _in_doubt(loss: Loss, names: list[str], hparams: dict, options: dict, title: str) -> tuple[Loss, dict]:
     eta = _checked("lcpo_eta", options.get("lcpo_eta", 0.9), title)
     if "lcpo_alpha" in options:
         if loss.layout != "pairs":
             raise ValueError(f"loss '{title}' is of single answers, which lcpo_alpha cannot swap; leave it out")
+        _in_place(names, "lcpo_alpha", title)
         alpha = _checked("lcpo_alpha", options["lcpo_alpha"], title)
         return combine.with_label_confidence(loss, eta), hparams | {"lcpo_alpha": alpha}
     if "lcpo_eta" not in options:
@@ -295,9 +296,7 @@ def _in_doubt(loss: Loss, hparams: dict, options: dict, title: str) -> tuple[Los
 def _in_place(names: list[str], option: str, title: str, layouts: tuple[str, ...] = ("pairs", "answers")) -> None:
     sorts = any(_named(name).fn in (batch.aot, batch.aot_unpaired) for name in names)
     if sorts or any(_named(name).layout not in layouts for name in names):
-        raise ValueError(
-            f"loss '{title}' has no value of each pair by itself, which {option} would weigh; leave it out"
-        )
+        raise ValueError(f"loss '{title}' has no value of each pair by itself, which {option} would read; leave it out")
 
 
 def _column(name: str, value: Any, title: str) -> str:

@@ -60,7 +60,8 @@ def tailored(gap_N, there_N, *, mean, tau) -> jax.Array:
     def step(_, p_N):
         kl_N = tau * (1 + jnp.log(count * (p_N + 1e-10)))
         slope_N = kl_N + mean * jax.nn.sigmoid(mean * count * p_N - gap_N)
-        grown_N = p_N * jnp.exp(-rate * (slope_N - tau))  # tau cancels, and keeps exp near 1
+        # What is subtracted cancels; the steepest grows by 1 then, and not all to 0.
+        grown_N = p_N * jnp.exp(-rate * (slope_N - jnp.min(jnp.where(p_N > 0, slope_N, jnp.inf))))
         return grown_N / jnp.sum(grown_N)
 
     uniform_N = jnp.where(there_N, 1 / count, 0.0).astype(gap_N.dtype)
@@ -156,7 +157,7 @@ def alpha_dpo(
     """
     gap_B = jax.lax.stop_gradient(pairs.mean_ratio_margin_B)
     state = _moved(state, gap_B, pairs.there_B) if training else state
-    z_B = (gap_B - state["mean"]) / state["std"]
+    z_B = (gap_B - state["mean"]) / jnp.where(state["std"] > 0, state["std"], 1.0)
     values_B = smoothed(beta * (pairs.mean_margin_B - gamma - alpha * z_B), label_smoothing)
     return LossOut(values_B, state)
 

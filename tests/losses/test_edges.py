@@ -191,3 +191,20 @@ def test_statistics_are_of_what_is_there():
     assert mean_of(x, there_N) == 3
     np.testing.assert_allclose(std_of(x, there_N), np.std([1, 2, 6], ddof=1), rtol=1e-6)
     assert mean_of(x, there_N & False) == std_of(x, there_N & False) == std_of(x, there_N & (x == 1)) == 0
+
+
+@pytest.mark.parametrize("name", ["gamma_po", "gamma_po_queue"])
+def test_margins_are_shared_out_however_steep_the_problem(name):
+    loss, hparams = make_loss(name, beta=10.0, gamma=10.0, tau=0.1)
+    out = loss(random_pairs(0, n=64).pairs(), state=default_state(loss), **hparams)
+    assert np.isfinite(out.values).all()
+
+
+def test_alpha_dpo_of_one_pair_at_a_time_stays_finite():
+    loss, hparams = make_loss("alpha_dpo")
+    pairs, state = (
+        random_pairs(0, n=1).pairs(),
+        {"mean": jnp.float32(0.3), "std": jnp.float32(0)},
+    )  # where 0.9 ** 900 is
+    out = loss(pairs, state=state, **hparams)
+    assert np.isfinite(out.values).all()
