@@ -224,6 +224,7 @@ def test_a_recipe_that_pushes_to_the_hub_is_measured_without_that(tmp_path):
     assert setup.cfg == DecoderConfig.from_hf(STORIES)
 
 
+@pytest.mark.slow
 def test_a_loss_with_the_reference_model_beside_it_is_measured(tmp_path):
     own = {"loss": {"loss_type": "tdpo2"}, "model.model_name_or_path": str(STORIES), "optim.mode": "direct"}
     recipe = load_recipe(ROOT / "configs" / "quickstart.yaml", {k: v for k, v in own.items() if k != "loss"})

@@ -18,7 +18,7 @@ from repo_jax.losses import LOSSES, Loss, LossOut, PairLogps, hyperparameters, m
 from repo_jax.models.decoder import Decoder, output_head, param_shapes
 from repo_jax.sharding import make_mesh, param_shardings
 from repo_jax.state import initial_loss_state, initial_state, state_shapes, state_shardings
-from repo_jax.step import Scorer, TrainStep, evaluate, join, mean_of, quiet, sequences, takes_two_passes, weigh
+from repo_jax.step import Scorer, TrainStep, join, mean_of, quiet, sequences, takes_two_passes, weigh
 
 B = 12
 
@@ -99,7 +99,7 @@ def with_rationale(pairs, *, gamma=0.1):
 
 
 OWN = {
-    "dpo": Loss(dpo, reference=True),
+    "plain_dpo": Loss(dpo, reference=True),
     "centred": Loss(centred, coupled=True),
     "shifted": Loss(shifted, reference=True, coupled=True, initial_state=start_of_shifted, layout="answers"),
     "by_answer": Loss(by_answer, reference=True, layout="answers"),
@@ -203,7 +203,7 @@ def test_each_micro_batch_weighs_its_part_of_the_whole_batch(name):
         scored = jax.tree.map(lambda x: x * here_B2, (pairs.logps_B2, pairs.terms))  # 0 where it is not scored yet
         pairs = quiet(pairs._replace(logps_B2=scored[0], terms=scored[1]), here_B2)
         return mean_of(
-            evaluate(loss, pairs, hparams, None, 0.3, training=True).values,
+            loss(pairs, progress=0.3, **hparams).values,
             pairs.lengths_B2,
             here_B2,
             layout=loss.layout,
@@ -239,7 +239,7 @@ def test_eight_devices_equal_one(name):
     assert_same(gradient(name, form="two_pass", axes=(2, 2, 2), rows=12), gradient(name, form="two_pass"), "two_pass")
 
 
-@pytest.mark.parametrize("name", ["dpo", "token_level", *SLOW])
+@pytest.mark.parametrize("name", ["plain_dpo", "token_level", *SLOW])
 def test_eight_devices_equal_one_in_direct_form_too(name):
     if not takes_two_passes(made(name)[0]):
         assert_same(gradient(name, form="direct", axes=(1, 8, 1), rows=8), gradient(name, form="two_pass"), "direct")
@@ -389,16 +389,16 @@ def test_losses_that_mix_pairs_are_refused_in_direct_form():
 
 
 def test_a_loss_with_a_reference_wants_pairs_that_have_one():
-    step, params = step_for("dpo")
+    step, params = step_for("plain_dpo")
     with pytest.raises(ValueError, match="the pairs have no log-probs under one"):
         step.mean_grads(params, random_pairs(4, V=TINY.V))
 
 
 def test_rewards_are_beta_times_log_ratios_where_there_is_a_reference():
-    (_, metrics), loss = gradient("dpo"), 0.1
+    (_, metrics), loss = gradient("plain_dpo"), 0.1
     scorer, _, params, *_ = base((1, 1, 1), 12)
-    scorer = scorer.of(*made("dpo"))
-    scored = jax.device_get(scorer({"params": params}, scorer.rows(pairs_for("dpo"))))
+    scorer = scorer.of(*made("plain_dpo"))
+    scored = jax.device_get(scorer({"params": params}, scorer.rows(pairs_for("plain_dpo"))))
     ratios = scored.logps_B2 - scored.reference_B2
     np.testing.assert_allclose(metrics["rewards/chosen"], loss * ratios[:, 0].mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["rewards/margins"], loss * (ratios[:, 0] - ratios[:, 1]).mean(), rtol=1e-4)

@@ -252,6 +252,7 @@ def test_the_objective_in_the_readme_trains(folder, tmp_path, monkeypatch):
     assert "my_loss (beta 0.2, target 0.5)" in (tmp_path / "run" / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_gamma_comes_from_the_first_margins_and_stays(folder, tmp_path, capsys):
     output = tmp_path / "run"
     recipe = recipe_in(folder, None, {"output_dir": str(output)}, {"learning_rate": 1e-3})
