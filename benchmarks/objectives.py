@@ -4,8 +4,8 @@ python benchmarks/objectives.py [--only dpo,kto] [--updates 20] [--json benchmar
 
 Each trains twice from the same small model: on the pairs, and on the pairs with chosen and rejected swapped. Its value over all of these
 pairs has to be lower after the first run than before, and the mean margin over them higher after the first and lower after the second.
-One that fails so is tried again at a tenth of the
-learning rate, which is then said: squares of sums of log-probs overshoot. All share the programs that score and push back. Data columns, which the quickstart's pairs lack, are made up. Ends with 1 where one fails.
+One that fails so is tried again at a tenth of the learning rate, which is then said: squares of sums of log-probs overshoot. All share the
+programs that score and push back. Data columns, which the quickstart's pairs lack, are made up. Ends with 1 where one fails.
 """
 
 import argparse
