@@ -283,7 +283,7 @@ def own_loss(loss: Loss | Callable, given: dict) -> tuple[Loss, dict[str, float 
         if value is not inspect.Parameter.empty and not isinstance(value, str | bool | int | float):
             raise ValueError(f"loss '{name}': the default {key}={value!r} must be a number, a text, true or false")
     for key, value in given.items():
-        if key == "loss_type" and value == name:
+        if key == "loss_type":  # which this loss stands in for
             continue
         if key not in accepted:
             takes = f"it takes {', '.join(accepted)}" if accepted else "it takes none"

@@ -254,8 +254,9 @@ def test_hyperparameters_of_a_users_own_loss_are_its_keyword_arguments(tmp_path,
     with pytest.raises(ValueError) as refused:
         set_up(recipe(tmp_path, loss=given), training=False, loss=mine)
     assert str(refused.value) == message
-    setup = set_up(recipe(tmp_path, loss={"gamma": 1}), training=False, loss=mine)
-    assert setup.recipe.loss == {"loss_type": "mine", "gamma": 1.0, "beta": 2.0} and setup.loss == Loss(mine)
+    for given in ({"gamma": 1}, {"loss_type": "repo", "gamma": 1}):  # it stands in for what the recipe names
+        setup = set_up(recipe(tmp_path, loss=given), training=False, loss=mine)
+        assert setup.recipe.loss == {"loss_type": "mine", "gamma": 1.0, "beta": 2.0} and setup.loss == Loss(mine)
 
 
 @pytest.mark.parametrize(
