@@ -392,6 +392,27 @@ def to_recipe(tree: dict[str, Any]) -> Recipe:
         raise ValueError("\n".join(map(_explain, found))) from None
 
 
+def as_recipe(given: Recipe | str | os.PathLike) -> Recipe:
+    """A recipe as it is, or that of a YAML file. Raises TypeError for anything else, and what load_recipe raises."""
+    if isinstance(given, Recipe):
+        return given
+    if isinstance(given, str | os.PathLike):
+        return load_recipe(os.path.expanduser(given))
+    raise TypeError(
+        f"recipe is a {type(given).__name__}; give the path of a YAML file, or a Recipe: repo_jax.load_recipe(path, overrides)"
+    )
+
+
+def recipe_of_model(given: Recipe | str | os.PathLike) -> Recipe:
+    """as_recipe, or for a model (a folder, a URL, ORG/NAME) the recipe with that model and every default."""
+    if not isinstance(given, str | os.PathLike) or pathlib.Path(given).suffix in (".yaml", ".yml"):
+        return as_recipe(given)
+    folder = pathlib.Path(os.path.expanduser(given))
+    if (folder / "recipe.yaml").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(f"'{given}' is the folder of a run; give the model in it: '{folder / 'hf'}'")
+    return to_recipe({"model": {"model_name_or_path": os.fspath(given)}})
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML, every default written out; load_recipe reads it back to the same recipe."""
     return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)

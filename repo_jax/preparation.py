@@ -207,7 +207,9 @@ def set_up(
     train = train_store(recipe, tokenizer) if training else None
     held_out = held_out_store(recipe, tokenizer)
     if held_out is None and not training:
-        raise ValueError("there is nothing to evaluate on; give --data a file of preference pairs")
+        raise ValueError(
+            "there is nothing to evaluate on; give --data a file of preference pairs, or in Python eval_dataset"
+        )
     if held_out is None and recipe.run.eval_steps is not None:
         raise ValueError(
             f"eval_steps={recipe.run.eval_steps} but there are no held-out pairs; give eval_dataset_name, or leave eval_steps out"
