@@ -41,7 +41,8 @@ def model_card(
     revision = recipe.get("model", {}).get("model_revision")
     start = f"`{_public(base)}`" + (f" (revision `{revision}`)" if revision else "")
     by = " + ".join(map(_cited, losses))
-    pairs = "on preference pairs" + (f" of {' and '.join(f'`{name}`' for name in datasets)}" if datasets else "")
+    learnt = "answers" if losses == ["sft"] else "preference pairs"
+    pairs = f"on {learnt}" + (f" of {' and '.join(f'`{name}`' for name in datasets)}" if datasets else "")
     lines = ["---", _dump(metadata), "---", "", HEADING, "", f"Started from {start} and trained by {by} {pairs}.", ""]
     if results is not None:
         lines += [f"On {results['pairs']} held-out pairs:", "", "| | before | after |", "| --- | --- | --- |"]

@@ -98,9 +98,9 @@ class DataSection:
         "train", description="the split to train on, or a part of it: train[:1000], train[10%:]"
     )
     dataset_test_split: str | None = Field("test", description="the split to evaluate on; null: none")
-    schema: Literal["auto", "explicit", "implicit", "hh", "unpaired", "conversations"] = Field(
+    schema: Literal["auto", "explicit", "implicit", "hh", "unpaired", "conversations", "sft"] = Field(
         "auto",
-        description="what the columns hold: explicit (prompt, chosen, rejected), implicit (the prompt inside both answers), hh (transcripts), unpaired (prompt, completion, label), conversations; auto: as the first rows look",
+        description="what the columns hold: explicit (prompt, chosen, rejected), implicit (the prompt inside both answers), hh (transcripts), unpaired (prompt, completion, label), conversations, sft (messages, or prompt and completion); auto: as the first rows look",
     )
     on_bad_rows: Literal["error", "skip"] = Field(
         "error", description="a row that cannot be read stops the preparation, or is counted and left out"
