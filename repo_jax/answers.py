@@ -146,7 +146,7 @@ def prepare(
     max_new_tokens = min(max_new_tokens, cfg.max_positions - 1)  # there is room for no more
     sampling, notes = read_sampling(pretrained.files.weights, ends, max_new_tokens, temperature, top_k, top_p)
     if recipe.data.eval_dataset_name is None:
-        raise ValueError("there is nothing to answer; give --data a file of prompts")
+        raise ValueError("there is nothing to answer; give --data a file of prompts, or in Python prompts")
     source = open_data(recipe.data, recipe.data.eval_dataset_name, recipe.data.dataset_test_split or "test")
     prompts = read_prompts(source.rows(), tokenizer, template_kwargs)
     if not prompts:

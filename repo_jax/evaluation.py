@@ -71,9 +71,7 @@ class Scores(NamedTuple):
     ids: list[str]  # the rows' own, or "dataset:N" for the N-th row, from 1
     logps_B2: np.ndarray  # float32, in nats: summed over the scored tokens of each answer
     lengths_B2: np.ndarray  # int32: how many tokens those are; 0: the row has no such answer
-    margins_B: (
-        np.ndarray
-    )  # float32, nats per token: mean log-prob of the chosen answer minus that of the rejected one; 0 without either
+    margins_B: np.ndarray  # float32, nats per token: the mean log-probs' difference, chosen - rejected; 0 without both
     dropped: dict[str, int]  # why rows are not here (over_long, identical, ...) -> how many
 
     def as_rows(self) -> list[dict]:
@@ -98,7 +96,7 @@ def score(recipe_or_model: Recipe | str | os.PathLike, dataset) -> Scores:
     device work, for what cannot be scored.
     """
     recipe = recipe_of_model(recipe_or_model)
-    data = dataclasses.replace(recipe.data, eval_dataset_name=None)
+    data = dataclasses.replace(recipe.data, eval_dataset_name=None, dataset_test_split="test")
     model = dataclasses.replace(recipe.model, reference_model_name_or_path=None)
     recipe = with_rows(dataclasses.replace(recipe, data=data, model=model, loss={}), dataset=dataset)
     setup = set_up(recipe, training=False, loss=Loss(_nothing, layout="answers"))

@@ -29,7 +29,7 @@ OWN = ("model.safetensors.index.json", "adapter_config.json", "README.md")
 def from_hf(
     model: str | os.PathLike, *, dtype: str = "float32", mesh: Mesh | None = None, revision: str | None = None
 ) -> tuple[dict, DecoderConfig]:
-    """The parameters of a model and its configuration: `Decoder(cfg, jnp.float32).apply({"params": params}, ...)` is the model.
+    """The parameters of a model and its configuration, for repo_jax.models.decoder.Decoder(cfg, jnp.float32).
 
     `model` is a folder, a URL or ORG/NAME; a PEFT adapter is added to the weights it belongs to. The parameters are a nested dict of jax
     arrays in `dtype` (float32 or bfloat16) whose names end in their axes (q_DNH: D width, N heads, H head size; cfg has the sizes, layers are

@@ -111,9 +111,8 @@ def open_data(data: DataSection, dataset: str | dict[str, float], split: str) ->
         raise ValueError(
             f"the recipe's data '{dataset}' were rows of a Python program; give them again: repo_jax.train(recipe, {argument}=rows)"
         )
-    given = [name for name, there in (("a slice", "[" in split), ("dataset_config", data.dataset_config)) if there]
-    if given:
-        raise ValueError(f"{argument} is taken whole; leave out {' and '.join(given)}")
+    if "[" in split:
+        raise ValueError(f"{argument} is taken whole; slice it in Python, and leave '{split}' out of the recipe")
     return GIVEN[dataset]
 
 

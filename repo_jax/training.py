@@ -55,7 +55,7 @@ def train(
 
     `train_dataset` and `eval_dataset` are rows in any schema that files may have, in place of the recipe's dataset_name and
     eval_dataset_name: a list of dicts, a datasets.Dataset (one split) or a pandas.DataFrame. The run's recipe.yaml then has their digest
-    as a name, and the run goes on when it is called with the same rows again.
+    as a name, and the run goes on when it is called again with the same rows in the same form.
 
     `loss` is an objective of your own, a Loss or a function of PairLogps, instead of the recipe's loss_type; its keyword arguments are its
     hyperparameters.

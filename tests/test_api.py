@@ -181,7 +181,7 @@ def test_held_out_rows_stand_beside_a_data_set_and_the_other_way_round(tmp_path)
     [
         (iter(PAIRS), TypeError, r"train_dataset is a list_iterator; it can be read once only, .* give list\(...\) of it"),
         ((pair for pair in PAIRS), TypeError, r"train_dataset is a generator; it can be read once only"),
-        ("pairs.jsonl", TypeError, r"train_dataset is a str; name files and data sets in the recipe's data section, as in .*'pairs.jsonl'"),
+        ("pairs.jsonl", TypeError, r"train_dataset is a str; name files and data sets in the recipe: load_recipe.*'pairs.jsonl'"),
         (datasets.DatasetDict({"train": datasets.Dataset.from_list(PAIRS)}), TypeError, r"is a DatasetDict; give one of its splits: data\['train'\]"),
         ({"prompt": ["a"], "chosen": ["b"]}, TypeError, r"is a dict; give a list of dicts, one for each row \(datasets.Dataset.from_dict takes columns"),
         (7, TypeError, "train_dataset is a int; give a list of dicts, a datasets.Dataset or a pandas.DataFrame"),
@@ -223,7 +223,9 @@ def test_rows_beside_a_name_for_the_same_are_refused(tmp_path, data, given, said
 
 def test_rows_are_taken_whole(tmp_path):
     recipe = with_rows(recipe_of(tmp_path, dataset_train_split="train[:2]"), train_dataset=PAIRS)
-    with pytest.raises(ValueError, match="train_dataset is taken whole; leave out a slice"):
+    with pytest.raises(
+        ValueError, match=r"train_dataset is taken whole; slice it in Python, and leave 'train\[:2\]' out"
+    ):
         stored(recipe)
 
 
@@ -279,6 +281,25 @@ def test_scores_of_rows_with_one_answer_are_those_of_pairs(monkeypatch, tmp_path
     np.testing.assert_allclose(one.logps_B2[::2, 0], both.logps_B2[:, 0], atol=1e-3)
     np.testing.assert_allclose(one.logps_B2[1::2, 1], both.logps_B2[:, 1], atol=1e-3)
     assert (one.lengths_B2[::2, 0] == both.lengths_B2[:, 0]).all() and both.lengths_B2.dtype == np.int32
+
+
+@pytest.mark.slow
+def test_prompts_in_a_list_are_answered_in_a_list_as_those_of_a_file_are_in_a_file(tmp_path):
+    prompts = ["Once upon a time", {"prompt": "The dog", "id": "b"}]
+    answered = repo_jax.generate(STORIES, prompts=prompts, max_new_tokens=4)
+    assert [row["instruction"] for row in answered] == ["Once upon a time", "The dog"] and answered[1]["id"] == "b"
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": row["instruction"]}) + "\n" for row in answered), encoding="utf-8")
+    recipe = load_recipe(None, {"model.model_name_or_path": str(STORIES), "data.eval_dataset_name": str(file)})
+    written = repo_jax.generate(recipe, tmp_path / "answers.jsonl", max_new_tokens=4)
+    lines = [json.loads(line) for line in written.read_text().splitlines()]
+    assert [row["output"] for row in lines] == [row["output"] for row in answered] and all(
+        row["output"] for row in lines
+    )
+    with pytest.raises(
+        ValueError, match="there is nothing to answer; give --data a file of prompts, or in Python prompts"
+    ):
+        repo_jax.generate(STORIES)
 
 
 # Models in and out

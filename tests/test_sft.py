@@ -23,6 +23,8 @@ from repo_jax.report import summary_text
 from repo_jax.run_folder import read_metrics
 from repo_jax.step import Scorer
 
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")  # TRL sets it
+
 NEEDED = "is not installed; requirements-test.txt names it, for Python 3.11"
 # Zephyr's way of writing, with a BOS, which TRL does not add; it finds the answers by the marks of generation, which write nothing.
 TEMPLATE = (

@@ -101,9 +101,8 @@ def source_of(rows, name: str) -> Source:
 
     Raises TypeError for anything else, and for what JSON cannot hold; ValueError where there are none.
     """
-    datasets, pandas = (
-        sys.modules.get(library) for library in ("datasets", "pandas")
-    )  # whose objects have imported them
+    # Whoever has their objects has imported them.
+    datasets, pandas = (sys.modules.get(library) for library in ("datasets", "pandas"))
     if datasets is not None and isinstance(rows, datasets.Dataset):
         part = _dataset_part(name, name, rows)
     elif pandas is not None and isinstance(rows, pandas.DataFrame):
@@ -120,7 +119,7 @@ def source_of(rows, name: str) -> Source:
 def _instead(rows) -> str:
     """What to give in place of rows of a kind that is not taken."""
     if isinstance(rows, str | os.PathLike):
-        return f"name files and data sets in the recipe's data section, as in load_recipe(..., {{'data.dataset_name': '{rows}'}})"
+        return f"name files and data sets in the recipe: load_recipe(..., {{'data.dataset_name': '{rows}'}}), or data.eval_dataset_name"
     if type(rows).__name__ == "DatasetDict":
         return f"give one of its splits: {', '.join(f'data[{split!r}]' for split in rows)}"
     if type(rows).__name__ == "IterableDataset" or isinstance(rows, Iterator):
