@@ -190,7 +190,8 @@ def generate(
         return run(prepare(recipe, output, **options))
     with tempfile.TemporaryDirectory() as folder:
         answered = run(prepare(recipe, pathlib.Path(folder) / "answers.jsonl", **options))
-        return [json.loads(line) for line in answered.read_bytes().splitlines()]
+        # Of several processes the first one has them.
+        return [json.loads(line) for line in answered.read_bytes().splitlines()] if answered.exists() else []
 
 
 def run(job: Job) -> pathlib.Path:

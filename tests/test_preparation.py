@@ -191,12 +191,7 @@ def test_sft_takes_good_answers_with_or_without_labels_and_pairs_but_no_bad_answ
     bad.write_text('{"prompt": "Once", "completion": " upon a time", "label": false}\n', encoding="utf-8")
     for path in (unpaired, str(chats), str(ASSETS / "preferences" / "test.jsonl")):
         data = {"dataset_name": path, "cache_dir": str(tmp_path)}
-        template = (
-            {}
-            if path in (unpaired, str(chats))
-            else {"chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}"}
-        )
-        made = set_up(recipe(tmp_path, data=data, model=template, **given), training=True)
+        made = set_up(recipe(tmp_path, data=data, **given), training=True)
         assert made.total_steps == len(made.train)
     with pytest.raises(
         ValueError, match=r"1 of the 1 rows of '.*bad\.jsonl' are labelled bad, which loss 'sft' would learn"
