@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pathlib
+import tempfile
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -19,9 +20,9 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from repo_jax.config import Recipe, StoppedError
+from repo_jax.config import Recipe, StoppedError, recipe_of_model
 from repo_jax.data.schema import Fault, PreferenceExample, read_examples
-from repo_jax.data.sources import RawRow, open_source
+from repo_jax.data.sources import RawRow
 from repo_jax.data.special import SpecialTokens
 from repo_jax.data.template import RefusedError, Template
 from repo_jax.generation import Generator, Sampling
@@ -33,7 +34,7 @@ from repo_jax.preparation import decoder, resolved
 from repo_jax.progress import say
 from repo_jax.run_folder import write_whole
 from repo_jax.sharding import make_mesh, param_shardings
-from repo_jax.stores import data_path, model_files, tokenizer_of
+from repo_jax.stores import model_files, open_data, tokenizer_of, with_rows
 
 TRANSFORMERS_TOP_K = 50  # what transformers samples with where neither the model nor the caller says
 # What a generation_config.json may ask for that is not done here, and the values that ask for nothing.
@@ -145,9 +146,8 @@ def prepare(
     max_new_tokens = min(max_new_tokens, cfg.max_positions - 1)  # there is room for no more
     sampling, notes = read_sampling(pretrained.files.weights, ends, max_new_tokens, temperature, top_k, top_p)
     if recipe.data.eval_dataset_name is None:
-        raise ValueError("there is nothing to answer; give --data a file of prompts")
-    prompts_at = data_path(recipe.data.eval_dataset_name, recipe.data.cache_dir)
-    source = open_source(prompts_at, recipe.data.dataset_test_split or "test", config=recipe.data.dataset_config)
+        raise ValueError("there is nothing to answer; give --data a file of prompts, or in Python prompts")
+    source = open_data(recipe.data, recipe.data.eval_dataset_name, recipe.data.dataset_test_split or "test")
     prompts = read_prompts(source.rows(), tokenizer, template_kwargs)
     if not prompts:
         raise ValueError(f"'{source.name}' has no rows; give a file of prompts")
@@ -173,9 +173,25 @@ def prepare(
     return job._replace(kept=written_already(job))
 
 
-def generate(recipe: Recipe, output: str | pathlib.Path, **options) -> pathlib.Path:
-    """Answers the prompts of data.eval_dataset_name into `output`, JSON lines in their order; `options` are those of prepare."""
-    return run(prepare(recipe, output, **options))
+def generate(
+    recipe_or_model: Recipe | str | os.PathLike, output: str | pathlib.Path | None = None, *, prompts=None, **options
+) -> pathlib.Path | list[dict]:
+    """A model's answers to prompts, in their order: the file `output` of JSON lines or, without `output`, the lines as a list of dicts with
+    the columns instruction, output and generator, and those of the prompts.
+
+    What comes first is a recipe, the path of its YAML file, or a model (a folder, a URL, ORG/NAME). `prompts` is a list of texts, of lists of
+    messages or of dicts (prompt, instruction or messages), or a datasets.Dataset or pandas.DataFrame, in place of the recipe's eval_dataset_name;
+    `options` are those of prepare. Raises ValueError, FileNotFoundError or TypeError for what cannot be answered.
+    """
+    if isinstance(prompts, list | tuple):
+        prompts = [{"prompt": one} if isinstance(one, str | list) else one for one in prompts]
+    recipe = with_rows(recipe_of_model(recipe_or_model), prompts=prompts)
+    if output is not None:
+        return run(prepare(recipe, output, **options))
+    with tempfile.TemporaryDirectory() as folder:
+        answered = run(prepare(recipe, pathlib.Path(folder) / "answers.jsonl", **options))
+        # Of several processes the first one has them.
+        return [json.loads(line) for line in answered.read_bytes().splitlines()] if answered.exists() else []
 
 
 def run(job: Job) -> pathlib.Path:

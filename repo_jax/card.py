@@ -37,11 +37,14 @@ def model_card(
     if any(map(_on_hub, datasets)):
         metadata["datasets"] = [name for name in datasets if _on_hub(name)]
     losses = loss_type if isinstance(loss_type, list) else [loss_type]
-    metadata["tags"] = ["preference-optimization", *losses, "repo_jax"]
+    alone = losses == ["sft"]  # which learns no preferences
+    metadata["tags"] = [*([] if alone else ["preference-optimization"]), *losses, "repo_jax"]
     revision = recipe.get("model", {}).get("model_revision")
     start = f"`{_public(base)}`" + (f" (revision `{revision}`)" if revision else "")
     by = " + ".join(map(_cited, losses))
-    pairs = "on preference pairs" + (f" of {' and '.join(f'`{name}`' for name in datasets)}" if datasets else "")
+    pairs = f"on {'answers' if alone else 'preference pairs'}" + (
+        f" of {' and '.join(f'`{name}`' for name in datasets)}" if datasets else ""
+    )
     lines = ["---", _dump(metadata), "---", "", HEADING, "", f"Started from {start} and trained by {by} {pairs}.", ""]
     if results is not None:
         lines += [f"On {results['pairs']} held-out pairs:", "", "| | before | after |", "| --- | --- | --- |"]

@@ -98,9 +98,9 @@ class DataSection:
         "train", description="the split to train on, or a part of it: train[:1000], train[10%:]"
     )
     dataset_test_split: str | None = Field("test", description="the split to evaluate on; null: none")
-    schema: Literal["auto", "explicit", "implicit", "hh", "unpaired", "conversations"] = Field(
+    schema: Literal["auto", "explicit", "implicit", "hh", "unpaired", "conversations", "sft"] = Field(
         "auto",
-        description="what the columns hold: explicit (prompt, chosen, rejected), implicit (the prompt inside both answers), hh (transcripts), unpaired (prompt, completion, label), conversations; auto: as the first rows look",
+        description="what the columns hold: explicit (prompt, chosen, rejected), implicit (the prompt inside both answers), hh (transcripts), unpaired (prompt, completion, label), conversations, sft (messages, or prompt and completion); auto: as the first rows look",
     )
     on_bad_rows: Literal["error", "skip"] = Field(
         "error", description="a row that cannot be read stops the preparation, or is counted and left out"
@@ -390,6 +390,27 @@ def to_recipe(tree: dict[str, Any]) -> Recipe:
             # A misspelt name leaves the right one unset: one mistake, not two.
             found = [error for error in found if not error["type"].startswith("missing")]
         raise ValueError("\n".join(map(_explain, found))) from None
+
+
+def as_recipe(given: Recipe | str | os.PathLike) -> Recipe:
+    """A recipe as it is, or that of a YAML file. Raises TypeError for anything else, and what load_recipe raises."""
+    if isinstance(given, Recipe):
+        return given
+    if isinstance(given, str | os.PathLike):
+        return load_recipe(os.path.expanduser(given))
+    raise TypeError(
+        f"recipe is a {type(given).__name__}; give the path of a YAML file, or a Recipe: repo_jax.load_recipe(path, overrides)"
+    )
+
+
+def recipe_of_model(given: Recipe | str | os.PathLike) -> Recipe:
+    """as_recipe, or for a model (a folder, a URL, ORG/NAME) the recipe with that model and every default."""
+    if not isinstance(given, str | os.PathLike) or pathlib.Path(given).suffix in (".yaml", ".yml"):
+        return as_recipe(given)
+    folder = pathlib.Path(os.path.expanduser(given))
+    if (folder / "recipe.yaml").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(f"'{given}' is the folder of a run; give the model in it: '{folder / 'hf'}'")
+    return to_recipe({"model": {"model_name_or_path": os.fspath(given)}})
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -1,16 +1,19 @@
 """Held-out pairs scored: metrics that are means over pairs, whatever the rows and batches."""
 
+import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from repo_jax.config import Recipe
+from repo_jax.config import Recipe, recipe_of_model
 from repo_jax.data.schema import PairTokens
-from repo_jax.losses import PairLogps
+from repo_jax.losses import Loss, PairLogps
 from repo_jax.memory import explained, held_in_scoring, what_helps
 from repo_jax.metrics import as_numbers
 from repo_jax.preparation import Setup, keep_programs, set_up
@@ -18,6 +21,7 @@ from repo_jax.reference import live_reference, with_reference
 from repo_jax.rewards import evaluate_rewards
 from repo_jax.state import variables_of
 from repo_jax.step import Scorer
+from repo_jax.stores import with_rows
 
 GROUP = 256  # pairs that are packed together
 
@@ -48,12 +52,78 @@ def evaluate_pairs(
     return Evaluation(as_numbers(metrics), np.asarray(scored.mean_margin_B)[both_B], len(both_B))
 
 
-def evaluate(recipe: Recipe) -> dict[str, float | str]:
-    """The metrics of a model on its held-out pairs, with the loss they belong to, mean_margin and the number of pairs.
+def evaluate(recipe_or_model: Recipe | str | os.PathLike, eval_dataset=None) -> dict[str, float | str]:
+    """The metrics of a model on held-out pairs, with the loss they belong to, mean_margin (nats per token) and the number of pairs.
 
-    A reward model has no loss: of it come its rewards, how many pairs they rank right, and the number of pairs. Raises ValueError or FileNotFoundError, before any device work, for what cannot be evaluated.
+    What comes first is a recipe, the path of its YAML file, or a model (a folder such as a run's hf/, a URL, ORG/NAME), which is evaluated
+    under RePO's defaults. `eval_dataset` is a list of dicts, a datasets.Dataset or a pandas.DataFrame, in place of the recipe's eval_dataset_name.
+    A reward model has no loss: of it come its rewards, how many pairs they rank right, and the number of pairs. Raises ValueError, FileNotFoundError
+    or TypeError, before any device work, for what cannot be evaluated.
     """
-    return evaluate_setup(set_up(recipe, training=False))
+    return evaluate_setup(
+        set_up(with_rows(recipe_of_model(recipe_or_model), eval_dataset=eval_dataset), training=False)
+    )
+
+
+class Scores(NamedTuple):
+    """Log-probs of B pairs in the order of their rows; axis 1 is (chosen, rejected). A row with one answer has 0 for the other one."""
+
+    ids: list[str]  # the rows' own, or "dataset:N" for the N-th row, from 1
+    logps_B2: np.ndarray  # float32, in nats: summed over the scored tokens of each answer
+    lengths_B2: np.ndarray  # int32: how many tokens those are; 0: the row has no such answer
+    margins_B: np.ndarray  # float32, nats per token: the mean log-probs' difference, chosen - rejected; 0 without both
+    dropped: dict[str, int]  # why rows are not here (over_long, identical, ...) -> how many
+
+    def as_rows(self) -> list[dict]:
+        """A dict for each row, as pandas.DataFrame takes them: id, logps_SIDE and tokens_SIDE of each answer that is there, and the margin
+        where both are."""
+        rows = []
+        for i, name in enumerate(self.ids):
+            row = {"id": name}
+            for k, side in enumerate(("chosen", "rejected")):
+                if self.lengths_B2[i, k]:
+                    row |= {f"logps_{side}": float(self.logps_B2[i, k]), f"tokens_{side}": int(self.lengths_B2[i, k])}
+            rows.append(row | ({"margin": float(self.margins_B[i])} if self.lengths_B2[i].all() else {}))
+        return rows
+
+
+def score(recipe_or_model: Recipe | str | os.PathLike, dataset) -> Scores:
+    """The log-probs of every answer of `dataset` under a model, with counts of tokens and margins; no loss is needed or read.
+
+    What comes first is a recipe, the path of its YAML file, or a model, as in evaluate; of a recipe its model and how it makes tokens count.
+    `dataset` is a list of dicts, a datasets.Dataset or a pandas.DataFrame of pairs, or of rows with one answer. Rows that cannot be scored
+    are left out and counted, as in training: the ids tell which are here. Raises ValueError, FileNotFoundError or TypeError, before any
+    device work, for what cannot be scored.
+    """
+    recipe = recipe_of_model(recipe_or_model)
+    data = dataclasses.replace(recipe.data, eval_dataset_name=None, dataset_test_split="test")
+    model = dataclasses.replace(recipe.model, reference_model_name_or_path=None)
+    recipe = with_rows(dataclasses.replace(recipe, data=data, model=model, loss={}), dataset=dataset)
+    setup = set_up(recipe, training=False, loss=Loss(_nothing, layout="answers"))
+    if setup.cfg.labels:
+        raise ValueError(
+            f"'{recipe.model.model_name_or_path}' is a reward model, which gives tokens no probability; use evaluate"
+        )
+    keep_programs(recipe.run.compile_cache_dir)
+    place = setup.mesh, setup.recipe.model.param_dtype
+    held = held_in_scoring(setup.pretrained.shapes(*place))
+    with explained(setup.mesh, held, lambda: what_helps(setup.recipe, setup.mesh, held)):
+        scorer = Scorer(setup.model, setup.loss, setup.hparams, setup.mesh, setup.shapes)
+        scored = score_pairs(scorer, variables_of(setup.pretrained.params(*place), None, None), setup.held_out)
+    ids = [setup.held_out.plain(i).id for i in range(len(setup.held_out))]
+    both_B = np.asarray(scored.there_B)
+    return Scores(
+        ids,
+        np.asarray(scored.sums_B2, np.float32),
+        np.asarray(scored.lengths_B2, np.int32),
+        np.where(both_B, np.asarray(scored.mean_margin_B, np.float32), np.float32(0)),
+        dict(setup.held_out.dropped),
+    )
+
+
+def _nothing(pairs: PairLogps) -> jax.Array:
+    """No objective: what is only scored is not weighed."""
+    return jnp.zeros_like(pairs.logps_B2)
 
 
 def evaluate_setup(setup: Setup) -> dict[str, float | str]:

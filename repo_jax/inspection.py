@@ -14,9 +14,9 @@ from repo_jax.data.batches import batch_indices, steps_per_epoch
 from repo_jax.data.chat import PairTokenizer, TokenOptions
 from repo_jax.data.rows import BUDGET, packed, sizes_of, suggest_shapes
 from repo_jax.data.schema import PairTokens, PreferenceExample, read_examples
-from repo_jax.data.sources import RawRow, open_source
+from repo_jax.data.sources import RawRow
 from repo_jax.data.store import NothingLeftError, TokenStore, is_prepared
-from repo_jax.stores import data_path, held_out_store, token_options, tokenizer_of, train_store
+from repo_jax.stores import data_path, held_out_store, open_data, token_options, tokenizer_of, train_store
 
 BATCHES = 20  # so many updates are packed to see what their rows look like
 DEVICES = (1, 8, 16)  # on so many accelerators
@@ -245,13 +245,9 @@ def compare_official(recipe: Recipe, tokenizer, store: TokenStore, show: int) ->
 def first_examples(recipe: Recipe, store: TokenStore, n: int) -> list[PreferenceExample]:
     """The first rows of the training data that can be read; of a store that was given by its folder, those it kept."""
     dataset = recipe.data.dataset_name or recipe.data.dataset_mixer
-    if isinstance(dataset, str):
-        dataset = data_path(dataset, recipe.data.cache_dir)
-    else:
-        dataset = {data_path(name, recipe.data.cache_dir): share for name, share in dataset.items()}
-    if isinstance(dataset, str) and is_prepared(pathlib.Path(dataset)):
+    if isinstance(dataset, str) and is_prepared(pathlib.Path(data_path(dataset, recipe.data.cache_dir))):
         return [example_of(store, i) for i in range(min(n, len(store)))]
-    source = open_source(dataset, recipe.data.dataset_train_split, config=recipe.data.dataset_config)
+    source = open_data(recipe.data, dataset, recipe.data.dataset_train_split)
     rows = read_examples(itertools.islice(source.rows(), n), schema=recipe.data.schema)
     return [row for row in rows if isinstance(row, PreferenceExample)]
 

@@ -16,7 +16,7 @@ def preference_metrics(pairs: PairLogps, slopes: PairLogps, hparams: dict) -> di
 
     Rewards are beta times the log-ratio to the reference model, as TRL's DPO has them, or without one beta times the mean log-prob per
     token; beta is 1 where the objective has none. A pair is ranked right if its margin is above 0; an answer by itself, if the sign of
-    its reward is its label's. `slopes` is d loss / d pairs: an answer is active if that of its log-prob or of a term is not 0, a scored token
+    its reward is its label's, which a mean log-prob cannot be: such rows are not ranked. `slopes` is d loss / d pairs: an answer is active if that of its log-prob or of a term is not 0, a scored token
     if its answer is.
     """
     there_B2, mean_B2, scale = pairs.there_B2, pairs.mean_B2, hparams.get("beta", 1.0)
@@ -34,13 +34,14 @@ def preference_metrics(pairs: PairLogps, slopes: PairLogps, hparams: dict) -> di
 
     (chosen, rejected), (logps_chosen, logps_rejected) = by_side(rewards_B2), by_side(mean_B2)
     there_B, both_B = there_B2.any(axis=1), there_B2.all(axis=1)
+    ranked_B = both_B if pairs.reference_B2 is None else there_B
     # Of pairs the mean of differences, which cancels less than the difference of means.
     margins = jnp.where(both_B.any(), mean(rewards_B2[:, 0] - rewards_B2[:, 1], both_B), chosen - rejected)
     return {
         "rewards/chosen": scale * chosen,
         "rewards/rejected": scale * rejected,
         "rewards/margins": scale * margins,
-        "rewards/accuracies": mean((by_side_B2.sum(axis=1) > 0).astype(jnp.float32), there_B),
+        "rewards/accuracies": mean((by_side_B2.sum(axis=1) > 0).astype(jnp.float32), ranked_B),
         "logps/chosen": logps_chosen,
         "logps/rejected": logps_rejected,
         "active_fraction": mean(active_B2.any(axis=1).astype(jnp.float32), there_B),

@@ -207,7 +207,9 @@ def set_up(
     train = train_store(recipe, tokenizer) if training else None
     held_out = held_out_store(recipe, tokenizer)
     if held_out is None and not training:
-        raise ValueError("there is nothing to evaluate on; give --data a file of preference pairs")
+        raise ValueError(
+            "there is nothing to evaluate on; give --data a file of preference pairs, or in Python eval_dataset"
+        )
     if held_out is None and recipe.run.eval_steps is not None:
         raise ValueError(
             f"eval_steps={recipe.run.eval_steps} but there are no held-out pairs; give eval_dataset_name, or leave eval_steps out"
@@ -303,9 +305,18 @@ def own_loss(loss: Loss | Callable, given: dict) -> tuple[Loss, dict[str, float 
 
 def _with_needs(store: TokenStore, name: str, loss: Loss, data: DataSection, tokenizer) -> TokenStore:
     """The store serving what the loss needs of the data. Raises ValueError where the data lack it."""
+    if "sft" in store.schemas and loss.layout != "chosen":
+        raise ValueError(
+            f"'{store.name}' has one answer for each prompt and no label (schema sft), but loss '{name}' learns from preferences; "
+            "set loss_type to sft, or give preference data"
+        )
     if store.unpaired and loss.layout == "pairs":
         raise ValueError(
             f"'{store.name}' is unpaired (prompt, completion, label) but loss '{name}' compares two answers; give pairs"
+        )
+    if loss.layout == "chosen" and (bad := int((store.lengths[:, 1] == 0).sum())):
+        raise ValueError(
+            f"{bad} of the {len(store)} rows of '{store.name}' are labelled bad, which loss '{name}' would learn like the others; leave them out"
         )
     for column in loss.columns:
         _check_column(store, column, f"loss '{name}' needs the column '{column}'")

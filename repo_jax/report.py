@@ -14,7 +14,9 @@ SUMMARY = {
 
 
 def summary_rows(before: dict, after: dict) -> list[tuple[str, float, float]]:
-    """(what, before, after) for the three numbers that matter."""
+    """(what, before, after) for the three numbers that matter; of answers by themselves, which have no margins, for the loss."""
+    if "mean_margin" not in before:
+        return [("held-out loss", before["loss"], after["loss"])]
     return [(words, before[name], after[name]) for name, words in SUMMARY.items() if name in before]
 
 
@@ -44,7 +46,9 @@ def write_report(
         lines += [f"| {what} | {b:.4f} | {a:.4f} |" for what, b, a in summary_rows(results["before"], results["after"])]
         lines += [
             "",
-            f"{results['pairs']} pairs. Accuracy counts pairs with margin above 0; a pair is active while its gradient is not 0.",
+            f"{results['pairs']} pairs. Accuracy counts pairs with margin above 0; a pair is active while its gradient is not 0."
+            if "mean_margin" in results["before"]
+            else f"{results['pairs']} rows, each with one answer.",
             "",
         ]
     metrics, skipped = [line for line in metrics if "loss" in line], [line for line in metrics if "skipped" in line]

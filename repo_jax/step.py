@@ -142,8 +142,12 @@ def mean_of(values, lengths_B2, here_B2, *, layout: str):
     """The part that those here have in the mean over all pairs that are there, or over all answers where there is a value for each."""
     there_B2 = lengths_B2 > 0
     if values.ndim == 1:
-        whole = jnp.all if layout == "pairs" else jnp.any
-        there_B2, here_B2 = whole(there_B2, axis=1), whole(here_B2, axis=1)
+        counted = {
+            "pairs": lambda x_B2: x_B2.all(axis=1),
+            "answers": lambda x_B2: x_B2.any(axis=1),
+            "chosen": lambda x_B2: x_B2[:, 0],
+        }
+        there_B2, here_B2 = counted[layout](there_B2), counted[layout](here_B2)
     return jnp.sum(values, where=here_B2) / jnp.maximum(jnp.sum(there_B2), 1)
 
 

@@ -10,12 +10,21 @@ from repo_jax import urls
 from repo_jax.config import DataSection, Recipe
 from repo_jax.data import weights
 from repo_jax.data.chat import TokenOptions, load_tokenizer
-from repo_jax.data.sources import Source, has_splits, open_source
+from repo_jax.data.sources import Source, has_splits, open_source, source_of
 from repo_jax.data.store import TokenStore, is_prepared, open_prepared, open_store
 from repo_jax.models.hub import ModelFiles, find_model
 
 FETCHED: dict[tuple, ModelFiles] = {}  # by this process: (name, revision, cache_dir, weights) -> where it is
 COPIED: dict[tuple[str, str], str] = {}  # by this process: (URL of data, cache_dir) -> the path of its copy
+GIVEN: dict[str, Source] = {}  # to this process, as rows: the name that a recipe has for them -> the rows
+FROM_PYTHON = "from Python: "  # how such a name begins
+# What rows are called where they are given, and the fields of the data section in whose place they stand, the first of which gets the name.
+ROWS = {
+    "train_dataset": ("dataset_name", "dataset_mixer"),
+    "eval_dataset": ("eval_dataset_name",),
+    "dataset": ("eval_dataset_name",),
+    "prompts": ("eval_dataset_name",),
+}
 
 
 def model_files(recipe: Recipe, *, weights: bool = False) -> ModelFiles:
@@ -65,11 +74,55 @@ def model_positions(folder: pathlib.Path) -> int | None:
     return json.loads(file.read_text(encoding="utf-8")).get("max_position_embeddings") if file.is_file() else None
 
 
+def with_rows(recipe: Recipe, **given) -> Recipe:
+    """The recipe with rows that a program holds (sources.source_of) in place of the data it names: train_dataset=rows and so on, as in ROWS;
+    None leaves it as it is.
+
+    Rows are named by their content, so that a run goes on with the same ones only. Raises ValueError where the recipe names such data too.
+    """
+    changes = {}
+    for argument, rows in given.items():
+        if rows is None:
+            continue
+        for field in ROWS[argument]:
+            named = getattr(recipe.data, field)
+            if named is not None and not is_from_python(named):
+                raise ValueError(
+                    f"{argument} is given, but the recipe has {field}={named!r} too; leave one of them out"
+                )
+        source = source_of(rows, argument)
+        name = f"{FROM_PYTHON}{argument}, {len(source)} rows, sha256 {source.digest()[:16]}"
+        GIVEN[name], changes[ROWS[argument][0]] = source, name
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **changes))
+
+
+def is_from_python(dataset) -> bool:
+    """Whether a name in a recipe stands for rows that a program held."""
+    return isinstance(dataset, str) and dataset.startswith(FROM_PYTHON)
+
+
+def open_data(data: DataSection, dataset: str | dict[str, float], split: str) -> Source:
+    """The rows of data that a recipe names, wherever they lie. Raises ValueError or FileNotFoundError."""
+    if not is_from_python(dataset):
+        paths = {name: data_path(name, data.cache_dir) for name in ([dataset] if isinstance(dataset, str) else dataset)}
+        return _source(dataset, paths, split, config=data.dataset_config)
+    argument = dataset.removeprefix(FROM_PYTHON).partition(",")[0]
+    if dataset not in GIVEN:
+        raise ValueError(
+            f"the recipe's data '{dataset}' were rows of a Python program; give them again: repo_jax.train(recipe, {argument}=rows)"
+        )
+    if "[" in split:
+        raise ValueError(f"{argument} is taken whole; slice it in Python, and leave '{split}' out of the recipe")
+    return GIVEN[dataset]
+
+
 def train_store(recipe: Recipe, tokenizer) -> TokenStore:
     """The data to train on, prepared on first use. Raises ValueError or FileNotFoundError for what cannot be used."""
     dataset = recipe.data.dataset_name or recipe.data.dataset_mixer
     if dataset is None:
-        raise ValueError("recipe.data.dataset_name is not set; give a file of preference pairs, or a data set's name")
+        raise ValueError(
+            "recipe.data.dataset_name is not set; give a file of preference pairs, a data set's name, or in Python train_dataset"
+        )
     store = _open(recipe, tokenizer, dataset, recipe.data.dataset_train_split, training=True)
     if store.unpaired and recipe.data.ld_alpha is not None:
         raise ValueError(
@@ -86,7 +139,8 @@ def held_out_store(recipe: Recipe, tokenizer) -> TokenStore | None:
     data, split = recipe.data, recipe.data.dataset_test_split
     if data.eval_dataset_name is not None:
         return _open(recipe, tokenizer, data.eval_dataset_name, split or "test", training=False)
-    given = data.dataset_mixer or ([] if data.dataset_name is None else [data.dataset_name])
+    splitless = data.dataset_name is None or is_from_python(data.dataset_name)
+    given = data.dataset_mixer or ([] if splitless else [data.dataset_name])
     here = {name: data_path(name, data.cache_dir) for name in given} if split is not None else {}
     names = [name for name, path in here.items() if has_splits(path) and not is_prepared(pathlib.Path(path))]
     if split is None or not names:
@@ -105,7 +159,7 @@ def _open(recipe: Recipe, tokenizer, dataset: str | dict[str, float], split: str
     paths = {name: data_path(name, data.cache_dir) for name in ([dataset] if isinstance(dataset, str) else dataset)}
     prepared = [name for name, path in paths.items() if is_prepared(pathlib.Path(path))]
     if not prepared:
-        source = _source(dataset, paths, split, config=data.dataset_config)
+        source = open_data(data, dataset, split)
         rules = {"schema": data.schema, "on_bad_rows": data.on_bad_rows, "cache_dir": data.cache_dir}
         return open_store(source, tokenizer, options, transform=transform, **rules)
     given = {

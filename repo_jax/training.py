@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import os
 import pathlib
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 
 from repo_jax.checkpoint import Checkpoints
-from repo_jax.config import Recipe, dump_recipe
+from repo_jax.config import Recipe, as_recipe, dump_recipe
 from repo_jax.data.batches import batch_indices
 from repo_jax.data.rows import RowBatch
 from repo_jax.data.schema import PairTokens
@@ -38,21 +39,32 @@ from repo_jax.run_folder import (
 )
 from repo_jax.state import TrainState, initial_state, state_shapes, state_shardings, variables_of
 from repo_jax.step import Scorer, TrainStep
+from repo_jax.stores import with_rows
 
 GAMMA_SAMPLE = 1024  # pairs whose margins `gamma: auto` looks at
 
 
-def train(recipe: Recipe, loss: Loss | Callable | None = None) -> pathlib.Path:
-    """Trains by a recipe, evaluates, exports and reports; returns the run's folder, with the model in its hf/. Of a run whose
-    output_dir is a URL that is the folder on this machine that is copied there.
+def train(
+    recipe: Recipe | str | os.PathLike,
+    train_dataset=None,
+    eval_dataset=None,
+    loss: Loss | Callable | None = None,
+) -> pathlib.Path:
+    """Trains by a recipe, or the path of its YAML file, evaluates, exports and reports; returns the run's folder, with the model in its
+    hf/. Of a run whose output_dir is a URL that is the folder on this machine that is copied there.
+
+    `train_dataset` and `eval_dataset` are rows in any schema that files may have, in place of the recipe's dataset_name and
+    eval_dataset_name: a list of dicts, a datasets.Dataset (one split) or a pandas.DataFrame. The run's recipe.yaml then has their digest
+    as a name, and the run goes on when it is called again with the same rows in the same form.
 
     `loss` is an objective of your own, a Loss or a function of PairLogps, instead of the recipe's loss_type; its keyword arguments are its
     hyperparameters.
 
     Goes on from the folder's newest checkpoint. Several processes call it together (distributed.join), with an output_dir that all
-    of them see. Raises ValueError or FileNotFoundError, before any device work, for what cannot be run, and InterruptedRunError when
-    SIGTERM or Ctrl-C has ended it with its state saved.
+    of them see. Raises ValueError, FileNotFoundError or TypeError, before any device work, for what cannot be run, and InterruptedRunError
+    when SIGTERM or Ctrl-C has ended it with its state saved.
     """
+    recipe = with_rows(as_recipe(recipe), train_dataset=train_dataset, eval_dataset=eval_dataset)
     join()
     return run(prepare(recipe, loss))
 

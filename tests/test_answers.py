@@ -473,7 +473,10 @@ def test_a_prompt_beyond_the_models_positions_is_answered_before_the_model_is_lo
 
 
 def test_what_is_missing_is_asked_for(refused, never, data, tmp_path):
-    assert refused("--eval_dataset_name", "null") == "there is nothing to answer; give --data a file of prompts"
+    assert (
+        refused("--eval_dataset_name", "null")
+        == "there is nothing to answer; give --data a file of prompts, or in Python prompts"
+    )
     assert refused(output="nowhere/out.jsonl").endswith(" lies in a folder that does not exist; make it first")
     (tmp_path / "folder").mkdir()
     assert refused(output="folder").endswith("' is a folder; name a file")

@@ -250,7 +250,7 @@ def test_data_that_are_not_there_are_answered(recipe, refusal):
 
 def test_data_that_are_not_named_are_asked_for(recipe, refusal):
     assert refusal("train", recipe, "--dataset_name", "null") == (
-        "recipe.data.dataset_name is not set; give a file of preference pairs, or a data set's name"
+        "recipe.data.dataset_name is not set; give a file of preference pairs, a data set's name, or in Python train_dataset"
     )
 
 
@@ -365,7 +365,7 @@ def test_an_end_token_that_is_not_one_is_answered(recipe, refusal):
 
 def test_evaluating_on_nothing_is_answered(refusal):
     assert refusal("evaluate", "--model", STORIES) == (
-        "there is nothing to evaluate on; give --data a file of preference pairs"
+        "there is nothing to evaluate on; give --data a file of preference pairs, or in Python eval_dataset"
     )
 
 

@@ -18,7 +18,7 @@ LAYERS = [
     ["models.decoder", "models.lora", "models.pretrained", "optimizer", "stores", "flops"],
     ["logps", "state", "metrics"],
     ["step", "checkpoint", "preparation", "memory", "programs", "generation", "rewards"],
-    ["reference", "evaluation", "inspection", "export", "report", "planning"],
+    ["reference", "evaluation", "inspection", "export", "folders", "report", "planning"],
     ["run_folder", "progress"],
     ["training", "answers", "benchmark"],
     ["cli"],

@@ -316,6 +316,17 @@ def test_rows_with_one_answer_are_averaged_over_the_answers_that_are_there(name)
     assert_same(gradient(name, unpaired=True, form="two_pass", rows=3), wanted, "4 micro-batches")
 
 
+def test_sft_is_averaged_over_the_tokens_of_the_good_answers_and_rows_without_one_count_for_nothing():
+    wanted = gradient("sft", unpaired=True, form="two_pass")
+    assert_same(gradient("sft", unpaired=True, form="direct", rows=3), wanted, "direct")
+    scorer, _, params, *_ = base((1, 1, 1), 12)
+    scorer = scorer.of(*made("sft"))
+    scored = jax.device_get(scorer({"params": params}, scorer.rows(pairs_for("sft", True))))
+    assert (scored.lengths_B2[:, 0] == 0).any()
+    loss = -scored.logps_B2[:, 0].sum() / scored.lengths_B2[:, 0].sum()
+    np.testing.assert_allclose(wanted[1]["loss"], loss, rtol=1e-5)
+
+
 def test_a_group_is_pushed_back_where_the_loss_has_a_slope_on_it_and_only_there(monkeypatch):
     for name, pushed in (("with_rationale", True), ("from_mismatched", False)):
         step, params = step_for(name)

@@ -172,6 +172,33 @@ def test_unpaired_rows_are_refused_by_a_loss_that_compares_two_answers(tmp_path,
         assert str(refused.value) == message
 
 
+@pytest.mark.parametrize("loss", [{}, {"loss_type": "kto"}, {"loss_type": ["repo", "sft"]}])
+def test_a_preference_objective_is_refused_answers_without_labels(tmp_path, loss):
+    path = tmp_path / "chats.jsonl"
+    path.write_text('{"prompt": "Once", "completion": " upon a time"}\n', encoding="utf-8")
+    name = " + ".join(loss["loss_type"]) if isinstance(loss.get("loss_type"), list) else loss.get("loss_type", "repo")
+    said = f"'{path}' has one answer for each prompt and no label (schema sft), but loss '{name}' learns from preferences; set loss_type to sft, or give preference data"
+    for data, training in (({"dataset_name": str(path)}, True), ({"eval_dataset_name": str(path)}, False)):
+        with pytest.raises(ValueError) as refused:
+            set_up(recipe(tmp_path, data=data | {"cache_dir": str(tmp_path)}, loss=loss), training=training)
+        assert str(refused.value) == said
+
+
+def test_sft_takes_good_answers_with_or_without_labels_and_pairs_but_no_bad_answers(tmp_path, unpaired):
+    given = {"loss": {"loss_type": "sft"}, "optim": {"train_batch_size": 1}}
+    chats, bad = tmp_path / "chats.jsonl", tmp_path / "bad.jsonl"
+    chats.write_text('{"prompt": "Once", "completion": " upon a time"}\n', encoding="utf-8")
+    bad.write_text('{"prompt": "Once", "completion": " upon a time", "label": false}\n', encoding="utf-8")
+    for path in (unpaired, str(chats), str(ASSETS / "preferences" / "test.jsonl")):
+        data = {"dataset_name": path, "cache_dir": str(tmp_path)}
+        made = set_up(recipe(tmp_path, data=data, **given), training=True)
+        assert made.total_steps == len(made.train)
+    with pytest.raises(
+        ValueError, match=r"1 of the 1 rows of '.*bad\.jsonl' are labelled bad, which loss 'sft' would learn"
+    ):
+        set_up(recipe(tmp_path, data={"dataset_name": str(bad), "cache_dir": str(tmp_path)}, **given), training=True)
+
+
 def own(fn=lambda pairs: pairs.mean_margin_B, **needs):
     fn.__name__ = "mine"
     return Loss(fn, **needs)

@@ -94,7 +94,7 @@ def test_data_that_are_not_named_are_asked_for(recipe):
     with pytest.raises(ValueError) as refused:
         train(recipe())
     assert str(refused.value) == (
-        "recipe.data.dataset_name is not set; give a file of preference pairs, or a data set's name"
+        "recipe.data.dataset_name is not set; give a file of preference pairs, a data set's name, or in Python train_dataset"
     )
 
 

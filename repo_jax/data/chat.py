@@ -214,6 +214,10 @@ class PairTokenizer:
 
     def _read_official(self, example: PreferenceExample) -> list[str] | Tokenized:
         tokenizer = self._tokenizer
+        if example.schema == "sft":
+            raise ValueError(
+                f"{example.where} is no preference data, which is all that SimPO's and RePO's code reads; leave out compat='official'"
+            )
         render = self._template.renderer(example) if example.conversational else None
         try:
             return official.texts(example, render, chat_template=tokenizer.chat_template, bos=tokenizer.bos_token)

@@ -51,7 +51,9 @@ class PreferenceExample:
     where: str  # file and line, for messages
     prompt: str | list[dict]
     chosen: str | list[dict] | None  # None in an unpaired row whose completion is labelled bad
-    rejected: str | list[dict] | None  # None in an unpaired row whose completion is labelled good
+    rejected: (
+        str | list[dict] | None
+    )  # None in an unpaired row whose completion is labelled good, and in a row of schema sft
     schema: str = "explicit"  # the name of the schema it was read by
     columns: dict[str, float] = dataclasses.field(default_factory=dict)  # those of COLUMNS that it has
     template: dict = dataclasses.field(default_factory=dict)  # what it hands the chat template
@@ -230,6 +232,8 @@ def _looks_like(row: dict) -> str | None:
     )
     if row.get("completion") is not None and row.get("label") is not None:
         return "unpaired"
+    if chosen == rejected == NULL and (row.get("completion") is not None or _kind(row.get("messages")) == LIST):
+        return "sft"
     if (prompt, listed) == (NULL, LIST) and {chosen, rejected} <= {LIST, "object"}:
         return "conversations"
     if chosen == rejected == LIST:
@@ -306,6 +310,23 @@ def _unpaired(row: dict) -> tuple:
     return (prompt, completion, None) if label else (prompt, None, completion)
 
 
+def _sft(row: dict) -> tuple:
+    if row.get("label") is not None:
+        raise _RowError(
+            "has a 'label', which schema 'sft' has not; set data.schema to 'unpaired', or remove the column"
+        )
+    if row.get("completion") is not None or row.get("messages") is None:
+        return (*_follow(*_take(row, "prompt", "completion")), None)
+    [messages] = _take(row, "messages", kinds=(list,))
+    spoken = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not spoken:
+        raise _RowError("has no message of the assistant in 'messages', so that there is nothing to learn")
+    if spoken[0] == 0:
+        raise _RowError("has 'messages' that begin with the assistant's words; wanted what they answer before them")
+    # What follows the last answer is nobody's to learn.
+    return messages[: spoken[0]], messages[spoken[0] : spoken[-1] + 1], None
+
+
 def _conversations(row: dict) -> tuple:
     single = {name: [row[name]] for name in ("chosen", "rejected") if isinstance(row.get(name), dict)}
     prompt, *answers = _take(row | single, "conversations", "chosen", "rejected", kinds=(list,))
@@ -323,6 +344,7 @@ SCHEMAS: dict[str, tuple[str, Callable[[dict], tuple]]] = {
     "hh": (f"chosen, rejected: transcripts that begin with {HUMAN!r}", _hh),
     "unpaired": ("prompt, completion, label: texts or lists of messages, and true or false", _unpaired),
     "conversations": ("conversations, chosen, rejected: a list of messages, and two answers to it", _conversations),
+    "sft": ("messages: a conversation, or prompt, completion: texts or lists of messages, without label", _sft),
 }
 
 

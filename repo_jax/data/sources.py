@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import re
+import sys
 import textwrap
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -93,6 +94,70 @@ def open_source(dataset: str | Mapping[str, float], split: str, *, config: str |
             raise ValueError(f"'{name}' has fraction {fraction}; give a share of its rows above 0 and at most 1")
     heads = [_head(_open_one(name, terms, config), fraction) for name, fraction in dataset.items()]
     return Source(" + ".join(head.name for head in heads), tuple(piece for head in heads for piece in head.pieces))
+
+
+def source_of(rows, name: str) -> Source:
+    """Rows that a program holds: a list of dicts, a datasets.Dataset or a pandas.DataFrame. `name` is what messages call them.
+
+    Raises TypeError for anything else, and for what JSON cannot hold; ValueError where there are none.
+    """
+    # Whoever has their objects has imported them.
+    datasets, pandas = (sys.modules.get(library) for library in ("datasets", "pandas"))
+    if datasets is not None and isinstance(rows, datasets.Dataset):
+        part = _dataset_part(name, name, rows)
+    elif pandas is not None and isinstance(rows, pandas.DataFrame):
+        part = _list_part(name, [_without_nan(row) for row in rows.to_dict("records")])
+    elif isinstance(rows, list | tuple):
+        part = _list_part(name, rows)
+    else:
+        raise TypeError(f"{name} is a {type(rows).__name__}; {_instead(rows)}")
+    if not part.count:
+        raise ValueError(f"{name} has no rows; give at least one")
+    return Source(f"{name}, from Python", (_Piece(name, part, range(part.count)),))
+
+
+def _instead(rows) -> str:
+    """What to give in place of rows of a kind that is not taken."""
+    if isinstance(rows, str | os.PathLike):
+        return f"name files and data sets in the recipe: load_recipe(..., {{'data.dataset_name': '{rows}'}}), or data.eval_dataset_name"
+    if type(rows).__name__ == "DatasetDict":
+        return f"give one of its splits: {', '.join(f'data[{split!r}]' for split in rows)}"
+    if type(rows).__name__ == "IterableDataset" or isinstance(rows, Iterator):
+        return "it can be read once only, and training reads rows again: give list(...) of it"
+    if isinstance(rows, Mapping):
+        return "give a list of dicts, one for each row (datasets.Dataset.from_dict takes columns)"
+    return "give a list of dicts, a datasets.Dataset or a pandas.DataFrame"
+
+
+def _without_nan(row: dict) -> dict:
+    """A row of a DataFrame, where NaN stands for what is not there."""
+    return {str(name): None if isinstance(value, float) and value != value else value for name, value in row.items()}
+
+
+def _list_part(name: str, rows: Iterable) -> _Part:
+    """The rows as they are now, whatever the program does with them later."""
+    lines = []
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, Mapping):
+            raise TypeError(f"{name} row {number} is a {type(row).__name__}; wanted a dict with the row's columns")
+        try:
+            lines.append(json.dumps(dict(row), default=_plain).encode())
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"{name} row {number} cannot be kept: {error}; give texts, numbers, lists and dicts"
+            ) from None
+
+    def digest():
+        return hashlib.sha256(b"\n".join(lines)).hexdigest()
+
+    return _Part(name, name, len(lines), lambda: (("row", n, line) for n, line in enumerate(lines, 1)), digest)
+
+
+def _plain(value):
+    """numpy's and pandas' values as Python's."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"a {type(value).__name__} is no JSON")
 
 
 def has_splits(dataset: str) -> bool:

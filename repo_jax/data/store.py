@@ -35,7 +35,7 @@ DROPPED = {
     "bad_row":                   "rows that cannot be read",
     "template_refused":          "conversations that the chat template refuses to write",
     "prompt_mismatch":           "pairs whose two answers do not follow one prompt",
-    "template_mismatch":         "pairs whose prompt the chat template writes differently once an answer follows",
+    "template_mismatch":         "conversations whose beginning the chat template writes differently once an answer follows",
     "empty":                     "pairs with an empty answer or an empty prompt",
     "identical":                 "pairs whose answers are the same",
     "identical_after_truncation": "pairs whose answers are the same once they are cut",

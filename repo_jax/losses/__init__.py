@@ -45,7 +45,7 @@ LOSSES = {
     "alphapo":            Loss(free.alphapo, vouched="TRL"),
     "slic":               Loss(free.slic, vouched="other code"),
     "rrhf":               Loss(free.rrhf, vouched="other code"),
-    "sft":                Loss(free.sft, vouched="TRL"),
+    "sft":                Loss(free.sft, layout="chosen", vouched="TRL"),
     # With reference
     "dpo":                referred(ref.dpo, vouched="TRL"),
     "cdpo":               referred(ref.cdpo, vouched="paper's code"),
@@ -249,7 +249,7 @@ def _weights(names: list[str], weights: Any, title: str) -> list[float]:
     if len(set(names)) < len(names):
         raise ValueError(f"loss '{title}' has one name twice; add up its loss_weights")
     layouts = {name: _named(name).layout for name in names}
-    if len(set(layouts.values())) > 1:
+    if set(layouts.values()) > {"answers"}:
         kinds = ", ".join(f"{name} of {layout}" for name, layout in layouts.items())
         raise ValueError(f"loss '{title}' adds values of pairs to values of answers ({kinds}); take losses of one kind")
     return [float(weight) for weight in weights]
@@ -293,7 +293,9 @@ def _in_doubt(loss: Loss, names: list[str], hparams: dict, options: dict, title:
     return loss._replace(initial_state=functools.partial(batch.label_confidence, eta)), hparams
 
 
-def _in_place(names: list[str], option: str, title: str, layouts: tuple[str, ...] = ("pairs", "answers")) -> None:
+def _in_place(
+    names: list[str], option: str, title: str, layouts: tuple[str, ...] = ("pairs", "answers", "chosen")
+) -> None:
     sorts = any(_named(name).fn in (batch.aot, batch.aot_unpaired) for name in names)
     if sorts or any(_named(name).layout not in layouts for name in names):
         raise ValueError(f"loss '{title}' has no value of each pair by itself, which {option} would read; leave it out")

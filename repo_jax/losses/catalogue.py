@@ -29,7 +29,7 @@ def papers(loss: Loss) -> list[str]:
 
 def needs(loss: Loss) -> str:
     """What it takes beside pairs, and their log-probs, in words."""
-    words = ["answers with labels, or pairs"] if loss.layout == "answers" else []
+    words = {"answers": ["answers with labels, or pairs"], "chosen": ["single answers, or pairs"]}.get(loss.layout, [])
     words += [f"column {name}" for name in loss.columns]
     words += [f"columns {name}_chosen, {name}_rejected" for name in loss.answer_columns]
     words += [f"option {name}" for name in loss.data]

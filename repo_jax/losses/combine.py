@@ -101,7 +101,7 @@ def _nll_like(values, pairs: PairLogps, average: str):
 
 
 def sum_of(losses: Mapping[str, Loss], weights: Sequence[float], takes: Mapping[str, Sequence[str]]) -> Loss:
-    """The weighted sum of losses of one layout; `takes` names the hyperparameters of each. The state is a dict of those that have one."""
+    """The weighted sum of losses of answers, or of losses of pairs and chosen answers; `takes` names the hyperparameters of each. The state is a dict of those that have one."""
     stateful = {name: loss.initial_state for name, loss in losses.items() if loss.initial_state is not None}
 
     def fn(pairs, *, state=None, progress=0.0, training=True, **hparams):
@@ -128,7 +128,7 @@ def sum_of(losses: Mapping[str, Loss], weights: Sequence[float], takes: Mapping[
         reference=any(loss.reference for loss in losses.values()),
         coupled=any(loss.coupled for loss in losses.values()),
         initial_state=functools.partial(_initial, stateful) if stateful else None,
-        layout=next(iter(losses.values())).layout,
+        layout=next((loss.layout for loss in losses.values() if loss.layout != "chosen"), "chosen"),
         **lists,
     )
 

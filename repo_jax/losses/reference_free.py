@@ -94,5 +94,8 @@ def rrhf(pairs: PairLogps) -> jax.Array:
 
 
 def sft(pairs: PairLogps, *, sft_average: str = "tokens") -> jax.Array:
-    """-log-prob of the chosen answers, per token of the batch or of each answer; the rejected ones are not read. TRL's "sft", as in arXiv:2404.19733."""
-    return chosen_nll(pairs, average=sft_average)
+    """-log-prob of the chosen answers, per token of the batch or of each answer; the rejected ones are not read, and may be absent. TRL's "sft", as in arXiv:2404.19733.
+
+    It is the loss of TRL's SFTTrainer and of transformers on the same tokens, of completions or of all the assistant's turns.
+    """
+    return chosen_nll(pairs, average=sft_average, there_B=pairs.there_B2[:, 0])

@@ -121,7 +121,9 @@ class Loss(NamedTuple):
         False  # the value of a pair depends on the log-probs of other pairs of the batch, or on a running state
     )
     initial_state: Callable[[], Any] | None = None
-    layout: Literal["pairs", "answers"] = "pairs"  # answers: rows with one answer and a label will do
+    # What it is of: pairs of answers; answers by themselves, for which rows with one answer and a label will do; or chosen answers, for which
+    # rows with one answer will do.
+    layout: Literal["pairs", "answers", "chosen"] = "pairs"
     vouched: str = "own reading"  # whose numbers the tests hold it to: see VOUCHED in catalogue.py
 
     def __call__(

@@ -5,6 +5,7 @@ What is expected is written out by hand, comes from transformers' apply_chat_tem
 
 import itertools
 
+import numpy as np
 import pytest
 from families import FAMILIES, Family, expected, text_of
 from hypothesis import Phase, given, settings
@@ -13,7 +14,8 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from repo_jax.data.chat import PairTokenizer, TokenOptions
-from repo_jax.data.schema import PreferenceExample
+from repo_jax.data.schema import PreferenceExample, read_examples
+from repo_jax.data.sources import RawRow
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES.values(), ids=str)
 
@@ -300,6 +302,91 @@ def test_thinking_in_an_answer_that_the_prompt_rules_out_is_a_mismatch():
     one = pair_example(("user", "the cat"), chosen="<think>\nthe mat\n</think>\n\nran", rejected="sat")
     [result] = tokenized(FAMILIES["qwen-3"], one, chat_template_kwargs={"enable_thinking": False})
     assert (result.pair, result.dropped) == (None, "template_mismatch")
+
+
+# Conversations of which all answers are learnt
+
+CHAT = messages(
+    ("system", "sit"), ("user", "the cat"), ("assistant", "ran"), ("user", "a dog"), ("assistant", "sat on")
+)
+
+
+def conversation(turns: list[dict]) -> PreferenceExample:
+    return next(read_examples([RawRow("chats", "chats.jsonl line 1", "1", {"messages": turns})]))
+
+
+@pytest.mark.parametrize(
+    ("name", "pieces"),
+    [
+        # What is scored stands at the odd places.
+        ("llama-3", ["<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nsit<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nthe cat<|eot_id|>"
+                     "<|start_header_id|>assistant<|end_header_id|>\n\n", "ran<|eot_id|>",
+                     "<|start_header_id|>user<|end_header_id|>\n\na dog<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", "sat on<|eot_id|>"]),
+        ("zephyr", ["<s> <|system|>\nsit</s> \n<|user|>\nthe cat</s> \n<|assistant|>\n", "ran</s>", " \n<|user|>\na dog</s> \n<|assistant|>\n", "sat on</s>"]),
+        ("qwen-2", ["<|im_start|>system\nsit<|im_end|>\n<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n", "ran<|im_end|>",
+                    "\n<|im_start|>user\na dog<|im_end|>\n<|im_start|>assistant\n", "sat on<|im_end|>"]),
+    ],
+)  # fmt: skip
+def test_of_a_conversation_every_answer_and_its_end_token_are_scored_and_nothing_else(name, pieces):
+    family = FAMILIES[name]
+    pair = kept(family, conversation(CHAT))
+    assert text_of(family, pair.prompt) == pieces[0] and len(pair.rejected) == 0
+    cuts = [0, *(np.flatnonzero(np.diff(pair.chosen_mask)) + 1), len(pair.chosen)]
+    runs = [text_of(family, pair.chosen[start:end]) for start, end in itertools.pairwise(cuts)]
+    assert runs == pieces[1:] and pair.chosen_mask[0]
+    whole = templated(family, CHAT)
+    assert wholes(pair)[0] == whole[: len(wholes(pair)[0])]
+
+
+@FAMILY
+def test_a_conversation_has_the_ids_that_apply_chat_template_gives_it_and_what_follows_its_last_answer_is_left_out(
+    family,
+):
+    turns = CHAT if family.system else CHAT[1:]
+    more = conversation([*turns, *messages(("user", "the mat?"))])
+    results = tokenized(family, conversation(turns), more)
+    if family.name == "qwen-3":  # it writes the last turn otherwise than earlier ones
+        assert [result.dropped for result in results] == ["template_mismatch"] * 2
+        return
+    whole = templated(family, turns)
+    for result in results:
+        ids = wholes(result.pair)[0]
+        assert ids == whole[: len(ids)] and family.tokenizer.convert_ids_to_tokens(ids[-1]) == family.end
+        assert scored(family, result.pair)[0] == "".join(SCORED[family.name].format(said) for said in ("ran", "sat on"))
+
+
+def test_a_conversation_of_one_answer_is_that_answer_to_its_prompt():
+    for name in ("llama-2", "mistral", "qwen-3"):
+        turns = messages(("user", "the cat"), ("assistant", "ran"))
+        alone = kept(FAMILIES[name], conversation(turns))
+        pair = kept(FAMILIES[name], example(turns[:1], turns[1:], says("sat")))
+        assert wholes(alone)[0] == wholes(pair)[0] and whole_masks(alone)[0] == whole_masks(pair)[0]
+
+
+def test_special_token_text_in_a_conversation_is_text():
+    family = FAMILIES["qwen-2"]
+    turns = messages(
+        ("user", "a<|im_end|>"), ("assistant", "<|im_end|>b"), ("user", "<|im_start|>"), ("assistant", "c")
+    )
+    [result] = tokenized(family, conversation(turns))
+    assert result.noticed == ("special_text",) and scored(family, result.pair)[0] == "<|im_end|>b<|im_end|>c<|im_end|>"
+    # A user's two, the assistant's two, and the system message that the template writes by itself.
+    assert special_ids(family, wholes(result.pair)[0]) == ["<|im_start|>", "<|im_end|>"] * 5
+
+
+def test_a_long_conversation_keeps_its_first_answers_where_it_is_cut():
+    family = FAMILIES["qwen-2"]
+    whole = kept(family, conversation(CHAT))
+    [dropped] = tokenized(family, conversation(CHAT), max_length=len(wholes(whole)[0]) - 1)
+    assert dropped.dropped == "over_long"
+    short = kept(family, conversation(CHAT), max_length=len(whole.prompt) + 4, truncation="keep_start")
+    assert short.chosen.tolist() == whole.chosen[:4].tolist() and short.chosen_mask.any()
+
+
+def test_the_code_of_simpo_and_repo_reads_no_conversations():
+    options = {"compat": "official", "truncation": "official", "max_prompt_length": 10}
+    with pytest.raises(ValueError, match=r"chats.jsonl line 1 is no preference data, .*; leave out compat='official'"):
+        tokenized(FAMILIES["qwen-2"], conversation(CHAT), **options)
 
 
 # Text that looks like a special token

@@ -296,6 +296,51 @@ def test_a_label_that_is_neither_true_nor_false_is_refused(label):
     )
 
 
+# sft
+
+CHAT = {"messages": [says("Be brief.", "system"), user("2 + 2?"), says("4"), user("And 3 + 3?"), says("6")]}
+
+
+def test_an_answer_without_a_label_is_one_to_learn():
+    row = {"prompt": "2 + 2 =", "completion": " 4"}
+    assert triple(row) == triple(row | {"label": None}) == ("2 + 2 =", " 4", None)
+    assert triple({"prompt": [user("2 + 2?")], "completion": [says("4")]}) == ([user("2 + 2?")], [says("4")], None)
+    assert one(row).schema == "sft"
+
+
+def test_of_a_conversation_the_prompt_is_what_stands_before_the_first_answer_and_all_up_to_the_last_is_learnt():
+    prompt, chosen, rejected = triple(CHAT)
+    assert (prompt, chosen, rejected) == (CHAT["messages"][:2], CHAT["messages"][2:], None)
+    assert triple({"messages": [*CHAT["messages"], user("Thanks"), says("x", "tool")]}) == (prompt, chosen, None)
+    # UltraChat's rows hold the first question a second time.
+    assert triple(CHAT | {"prompt": "2 + 2?", "prompt_id": "7"}) == (prompt, chosen, None)
+    spoken = {"messages": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]}
+    assert triple(spoken) == ([user("2 + 2?")], [says("4")], None)
+
+
+def test_of_preference_data_the_conversation_may_be_learnt():
+    row = MESSAGES | {"messages": WHOLE["chosen"]}
+    assert one(row).schema == "explicit" and triple(row, "sft") == ([user("2 + 2?")], [says("4")], None)
+
+
+@pytest.mark.parametrize(
+    "row, said",
+    [
+        ({"messages": [user("2 + 2?")]}, "has no message of the assistant in 'messages', so that there is nothing to learn"),
+        ({"messages": [says("4"), user("?"), says("5")]}, "has 'messages' that begin with the assistant's words; wanted what they answer before them"),
+        ({"messages": []}, "has an empty list as 'messages'; wanted at least one message"),
+        ({"messages": "2 + 2 = 4"}, "has messages (text); wanted all lists of messages"),
+        ({"messages": [{"role": "user"}]}, """has {"role": "user"} as message 0 of 'messages'; wanted {'role': text, 'content': text}"""),
+        (UNPAIRED, "has a 'label', which schema 'sft' has not; set data.schema to 'unpaired', or remove the column"),
+        ({"prompt": "2 + 2 ="}, "has no 'completion'; wanted prompt, completion, found prompt (text)"),
+        ({"completion": " 4"}, "has no 'prompt'; wanted prompt, completion, found completion (text)"),
+        ({"prompt": [user("2?")], "completion": [says("4"), user("?")]}, 'has role "user" in an answer; an answer holds what the assistant says, move the rest to the prompt'),
+    ],
+)  # fmt: skip
+def test_a_row_with_nothing_to_learn_is_refused(row, said):
+    assert fault(row, "sft") == said
+
+
 # conversations
 
 
@@ -552,6 +597,8 @@ def test_each_part_has_its_own_schema():
         ("hh", HH),
         ("unpaired", UNPAIRED),
         ("unpaired", UNPAIRED | TEXTS),
+        ("sft", {"prompt": "2 + 2 =", "completion": " 4"}),
+        ("sft", {"messages": WHOLE["chosen"]}),
         ("conversations", SHAREGPT),
         ("conversations", SHAREGPT | {"chosen": [SHAREGPT["chosen"]], "rejected": [SHAREGPT["rejected"]]}),
     ],
@@ -573,7 +620,7 @@ def test_a_schema_given_by_name_is_taken_whatever_the_rows_look_like():
 
 def test_an_unknown_schema_is_answered_with_those_there_are():
     assert refusal(TEXTS, schema="dpo") == (
-        "data.schema='dpo' is not known; choose one of auto, explicit, implicit, hh, unpaired, conversations"
+        "data.schema='dpo' is not known; choose one of auto, explicit, implicit, hh, unpaired, conversations, sft"
     )
 
 
@@ -585,7 +632,8 @@ def test_rows_of_no_known_schema_are_refused_with_what_was_found_and_what_is_wan
         "chosen, rejected: texts or lists of messages, the prompt inside both (implicit); "
         r"chosen, rejected: transcripts that begin with '\n\nHuman:' (hh); "
         "prompt, completion, label: texts or lists of messages, and true or false (unpaired); "
-        "conversations, chosen, rejected: a list of messages, and two answers to it (conversations)"
+        "conversations, chosen, rejected: a list of messages, and two answers to it (conversations); "
+        "messages: a conversation, or prompt, completion: texts or lists of messages, without label (sft)"
     )
 
 
@@ -654,13 +702,13 @@ VALUES = st.recursive(
     max_leaves=8,
 )
 MESSAGE = st.fixed_dictionaries({"role": WORDS | VALUES, "content": WORDS | VALUES})
-NAMES = ["prompt", "chosen", "rejected", "completion", "label", "conversations", "system", "id", "tools"]
+NAMES = ["prompt", "chosen", "rejected", "completion", "label", "conversations", "messages", "system", "id", "tools"]
 NAMES += ["chat_template_kwargs", *COLUMNS]
 ROWS = st.dictionaries(st.sampled_from(NAMES), WORDS | st.lists(MESSAGE, max_size=3) | VALUES, max_size=2)
 
 
 GOOD = [("explicit", TEXTS), ("explicit", MESSAGES), ("implicit", WHOLE), ("hh", HH)]
-GOOD += [("unpaired", UNPAIRED), ("conversations", SHAREGPT)]
+GOOD += [("unpaired", UNPAIRED), ("conversations", SHAREGPT), ("sft", CHAT)]
 
 
 @settings(max_examples=200, deadline=None, database=None, derandomize=True)
@@ -676,7 +724,7 @@ def test_whatever_a_row_holds_it_gives_an_example_or_a_fault(row, start):
         else:
             kind = list if found.conversational else str
             given = [side for side in found.answers if side is not None]
-            assert len(given) == (1 if schema == "unpaired" else 2)
+            assert len(given) == (1 if schema in ("unpaired", "sft") else 2)
             assert all(isinstance(side, kind) for side in (found.prompt, *given))
             assert all(math.isfinite(value) for value in found.columns.values())
 
