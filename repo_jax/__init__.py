@@ -6,6 +6,8 @@ folder = repo_jax.train(recipe)
 
 import importlib
 
+__version__ = "0.1.0"
+
 _HOMES = {
     "load_recipe": "config",
     "train": "training",

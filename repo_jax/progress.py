@@ -122,15 +122,17 @@ class Log:
         self._bar.update()
         self._before = compiled()
 
-    def evaluated(self, evaluate: Callable[[], Evaluation]) -> None:
-        """Adds an evaluation to the line of the pending update; its time is not counted as training."""
+    def evaluated(self, evaluate: Callable[[], Evaluation]) -> Evaluation:
+        """Adds an evaluation, which it returns, to the line of the pending update; its time is not counted as training."""
         step, metrics, *others = self._pending
         jax.block_until_ready(metrics)
         started, before = time.perf_counter(), compiled()
-        metrics |= {f"eval_{name}": value for name, value in evaluate().metrics.items()}
+        evaluation = evaluate()
+        metrics |= {f"eval_{name}": value for name, value in evaluation.metrics.items()}
         self._clock += time.perf_counter() - started
         self._compile_clock += compiled().since(before).seconds
         self._pending = (step, metrics, *others)
+        return evaluation
 
     def before_update(self) -> None:
         """On CPU, where running ahead gains nothing, the pending line is written now: its time is then its own."""
@@ -213,16 +215,20 @@ class Log:
         say(f"compiled {compiled().since(self._began)}")
 
 
+def objective_of(setup: Setup) -> str:
+    """The objective with its hyperparameters, as in: simpo (beta 2, gamma 0.25)."""
+    loss = setup.recipe.loss
+    chosen = {name: loss.get(name, value) for name, value in setup.hparams.items()}
+    given = ", ".join(
+        f"{name} {value if isinstance(value, str) else format(value, 'g')}" for name, value in chosen.items()
+    )
+    return f"{title_of(loss['loss_type'])} ({given})"
+
+
 def describe(setup: Setup) -> str:
     """What a run is, in a few lines."""
     recipe = setup.recipe
-    chosen = {name: recipe.loss.get(name, value) for name, value in setup.hparams.items()}
-    objective = ", ".join(
-        f"{name} {value if isinstance(value, str) else format(value, 'g')}" for name, value in chosen.items()
-    )
-    lines = [
-        f"{title_of(recipe.loss['loss_type'])} ({objective}) on {recipe.model.model_name_or_path}, in {recipe.model.compute_dtype}"
-    ]
+    lines = [f"{objective_of(setup)} on {recipe.model.model_name_or_path}, in {recipe.model.compute_dtype}"]
     if setup.loss.reference:
         lines.append(
             f"compared with {recipe.model.reference_model_name_or_path or recipe.model.model_name_or_path + ' as it is'}"
