@@ -82,8 +82,17 @@ class Log:
     SHOWN = ("loss", "rewards/accuracies", "active_fraction", "pairs_per_second", "mfu")
     FIRST = 2  # updates in which programs are compiled as a matter of course
 
-    def __init__(self, setup: Setup, path: pathlib.Path, start: int, *, began: Compiled | None = None):
-        """`began` is compiled() from before what is to be counted; None: from now on."""
+    def __init__(
+        self,
+        setup: Setup,
+        path: pathlib.Path,
+        start: int,
+        *,
+        began: Compiled | None = None,
+        report: Callable[[dict], None] = lambda line: None,
+    ):
+        """began: compiled() from before what is to be counted, None from now on; report: is given every line that is written."""
+        self._report = report
         self._every, self._start, self._total = setup.recipe.run.logging_steps, start, setup.total_steps
         model, self._cfg = setup.recipe.model, setup.cfg
         self._trained = "adapters" if model.use_peft else "all"
@@ -128,7 +137,7 @@ class Log:
         jax.block_until_ready(metrics)
         started, before = time.perf_counter(), compiled()
         evaluation = evaluate()
-        metrics |= {f"eval_{name}": value for name, value in evaluation.metrics.items()}
+        metrics |= as_held_out(evaluation.metrics)
         self._clock += time.perf_counter() - started
         self._compile_clock += compiled().since(before).seconds
         self._pending = (step, metrics, *others)
@@ -182,6 +191,7 @@ class Log:
     def _write(self, line: dict) -> None:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+        self._report(line)
 
     def _start_line(self) -> None:
         self._clock, self._compile_clock = time.perf_counter(), compiled().seconds
@@ -213,6 +223,11 @@ class Log:
         self._bar.close()
         self._file.close()
         say(f"compiled {compiled().since(self._began)}")
+
+
+def as_held_out(metrics: dict[str, float]) -> dict[str, float]:
+    """Metrics under the names that they have in a line of metrics.jsonl where they are of held-out pairs."""
+    return {f"eval_{name}": value for name, value in metrics.items()}
 
 
 def objective_of(setup: Setup) -> str:

@@ -97,7 +97,7 @@ FREE = {
     "model": {"remat", "attn_implementation"},
     "mesh": {"data", "fsdp", "tensor"},
     "run": {"output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit"}
-    | {"profile_steps", "compile_cache_dir"}
+    | {"profile_steps", "compile_cache_dir", "report_to"}
     | {"push_to_hub", "hub_model_id", "hub_revision", "hub_private_repo"},
 }
 

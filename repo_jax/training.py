@@ -23,7 +23,7 @@ from repo_jax.memory import explained, held_in_training, what_helps
 from repo_jax.models.lora import init_adapters
 from repo_jax.optimizer import make_optimizer
 from repo_jax.preparation import Setup, keep_programs, set_up
-from repo_jax.progress import Compiled, Log, compiled, describe, say
+from repo_jax.progress import Compiled, Log, as_held_out, compiled, describe, say
 from repo_jax.reference import live_reference, with_reference
 from repo_jax.report import facts_of, summary_text, watched, write_report
 from repo_jax.run_folder import (
@@ -38,6 +38,7 @@ from repo_jax.run_folder import (
 )
 from repo_jax.state import TrainState, initial_state, state_shapes, state_shardings, variables_of
 from repo_jax.step import Scorer, TrainStep
+from repo_jax.trackers import Trackers, check_trackers
 
 GAMMA_SAMPLE = 1024  # pairs whose margins `gamma: auto` looks at
 
@@ -59,6 +60,7 @@ def train(recipe: Recipe, loss: Loss | Callable | None = None) -> pathlib.Path:
 
 def prepare(recipe: Recipe, loss: Loss | Callable | None = None) -> Setup:
     """Looks at every value of the recipe and makes its output folder this run's."""
+    check_trackers(recipe.run)
     setup = set_up(recipe, training=True, loss=loss)
     agree(what_runs(setup))
     claim(setup)
@@ -74,11 +76,13 @@ def run(setup: Setup) -> pathlib.Path:
     shapes = state_shapes(setup.trained_shapes, optimizer, setup.loss)
     shardings = state_shardings(shapes, optimizer, setup.mesh)
     held = held_in_training(shapes, shardings, setup.frozen_shapes, setup.live_shapes)
-    with explained(setup.mesh, held, lambda: what_helps(recipe, setup.mesh, held)):
-        return _run(setup, optimizer, shapes, shardings, began)
+    with explained(setup.mesh, held, lambda: what_helps(recipe, setup.mesh, held)), Trackers() as trackers:
+        return _run(setup, optimizer, shapes, shardings, began, trackers)
 
 
-def _run(setup: Setup, optimizer, shapes: TrainState, shardings: TrainState, began: Compiled) -> pathlib.Path:
+def _run(
+    setup: Setup, optimizer, shapes: TrainState, shardings: TrainState, began: Compiled, trackers: Trackers
+) -> pathlib.Path:
     recipe, place = setup.recipe, RunFolder(setup.recipe)
     folder = place.here
     frozen = setup.pretrained.params(setup.mesh, recipe.model.param_dtype) if recipe.model.use_peft else None
@@ -110,8 +114,11 @@ def _run(setup: Setup, optimizer, shapes: TrainState, shardings: TrainState, beg
                 place.keep()
         scorer = scorer.of(setup.loss, setup.hparams)
         live = live_reference(setup, frozen)
+        if start < setup.total_steps:
+            trackers.start(setup, place, start)
         if not start:
-            look(setup, folder, "before", scorer, variables_of(state.params, frozen, live))
+            found = look(setup, folder, "before", scorer, variables_of(state.params, frozen, live))
+            trackers.log({"step": 0} | as_held_out(found))
             place.keep()
         step = TrainStep(
             *(scorer, setup.model, setup.loss, optimizer, shardings),
@@ -122,27 +129,31 @@ def _run(setup: Setup, optimizer, shapes: TrainState, shardings: TrainState, beg
             seed=recipe.run.seed,
             total_steps=setup.total_steps,
         )
-        log = Log(setup, folder / "metrics.jsonl", start, began=began)
+        log = Log(setup, folder / "metrics.jsonl", start, began=began, report=trackers.log)
         state = run_updates(setup, state, step, scorer, checkpoints, log, start, frozen, live, place)
         params, loss_state = state.params, state.loss_state
     with (
         stopping_at_once()
     ):  # several processes too: JAX's service would only note SIGTERM for an update that never comes
-        look(setup, folder, "after", scorer, variables_of(params, frozen, live), loss_state, 1.0)
+        found = look(setup, folder, "after", scorer, variables_of(params, frozen, live), loss_state, 1.0)
+        trackers.log({"step": setup.total_steps} | as_held_out(found))
         place.keep()
         finish(setup, params, frozen, place)
     return folder
 
 
-def look(setup: Setup, folder: pathlib.Path, when: str, scorer: Scorer, variables: dict, *state) -> None:
-    """Scores what is held out before or after training; where nothing is, a few training pairs, for the report's margins alone."""
+def look(setup: Setup, folder: pathlib.Path, when: str, scorer: Scorer, variables: dict, *state) -> dict[str, float]:
+    """Scores what is held out before or after training and returns its metrics; where nothing is held out, a few training pairs, for
+    the report's margins alone."""
     if setup.held_out is not None:
-        save_evaluation(folder, when, evaluate_pairs(scorer, variables, setup.held_out, *state))
-        return
+        evaluation = evaluate_pairs(scorer, variables, setup.held_out, *state)
+        save_evaluation(folder, when, evaluation)
+        return evaluation.metrics
     _, store, which = watched(setup)
     if len(which):
         scored = score_pairs(scorer, variables, [store[int(i)] for i in which])
         save_margins(folder, when, np.asarray(scored.mean_margin_B))
+    return {}
 
 
 def first_gamma(setup: Setup, scorer: Scorer, variables: dict) -> float:

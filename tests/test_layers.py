@@ -19,7 +19,7 @@ LAYERS = [
     ["logps", "state", "metrics"],
     ["step", "checkpoint", "preparation", "memory", "programs", "generation", "rewards"],
     ["reference", "evaluation", "inspection", "export", "plots", "planning"],
-    ["run_folder", "progress", "report"],
+    ["run_folder", "progress", "report", "trackers"],
     ["training", "answers", "benchmark"],
     ["cli"],
     ["__main__", "__init__"],
