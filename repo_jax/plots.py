@@ -37,6 +37,7 @@ STYLE = {
     "svg.hashsalt": "",
 }
 styled = matplotlib.rc_context(STYLE)  # decorates what draws or writes
+SMALL, LARGE = (4.4, 2.6), (5.6, 4.2)  # inches; a page shows three small ones or two large ones side by side
 SHOWN = 6  # evaluations whose margins are drawn
 DOTS = 5000  # pairs that a scatter shows at most
 
@@ -136,7 +137,7 @@ def histograms(margins: Mapping[int, np.ndarray], gammas: Mapping[int, float], t
     edges = [low, high, *gammas.values(), 0.0]
     room = 0.04 * (max(edges) - min(edges) or 1.0)
     bins = np.linspace(min(edges) - room, max(edges) + room, 49)
-    figure = Figure(figsize=(5.6, max(3.4, 0.75 + 0.62 * len(updates))), layout="constrained")
+    figure = Figure(figsize=LARGE, layout="constrained")
     rows = figure.subplots(len(updates), sharex=True, sharey=True, squeeze=False)[:, 0]
     for axes, update in zip(rows, updates, strict=True):
         margins_B, gamma = np.clip(margins[update], bins[0], bins[-1]), gammas.get(update)
@@ -159,7 +160,7 @@ def histograms(margins: Mapping[int, np.ndarray], gammas: Mapping[int, float], t
 @styled
 def length_scatter(longer_B: np.ndarray, margins_B: np.ndarray) -> Plot:
     """Whether answers are preferred for their length: tokens of the chosen answer less those of the rejected one, against the margin."""
-    figure, axes = _axes(5.6, 3.4)
+    figure, axes = _axes(LARGE)
     step = -(-len(margins_B) // DOTS)
     axes.scatter(longer_B[::step], margins_B[::step], s=9, color=BLUE, alpha=0.55, linewidths=0, rasterized=len(margins_B) > 500)  # fmt: skip
     axes.axhline(0, color=INK, linewidth=0.6, linestyle=":")
@@ -182,8 +183,8 @@ def _ranks(x_B: np.ndarray) -> np.ndarray:
     return (np.cumsum(counts) - (counts - 1) / 2)[place_B]
 
 
-def _axes(width: float = 4.4, height: float = 2.6):
-    figure = Figure(figsize=(width, height), layout="constrained")
+def _axes(size: tuple[float, float] = SMALL):
+    figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots()
 
 

@@ -23,7 +23,7 @@ from repo_jax.memory import explained, held_in_training, what_helps
 from repo_jax.models.lora import init_adapters
 from repo_jax.optimizer import make_optimizer
 from repo_jax.preparation import Setup, keep_programs, set_up
-from repo_jax.progress import Compiled, Log, as_held_out, compiled, describe, say
+from repo_jax.progress import Compiled, Log, as_held_out, banner, compiled, say
 from repo_jax.reference import live_reference, with_reference
 from repo_jax.report import facts_of, summary_text, watched, write_report
 from repo_jax.run_folder import (
@@ -71,11 +71,11 @@ def run(setup: Setup) -> pathlib.Path:
     """The run itself, from its newest checkpoint if there is one, to its end."""
     recipe, began = setup.recipe, compiled()
     keep_programs(recipe.run.compile_cache_dir)
-    say(describe(setup))
     optimizer = make_optimizer(recipe.optim, setup.total_steps)
     shapes = state_shapes(setup.trained_shapes, optimizer, setup.loss)
     shardings = state_shardings(shapes, optimizer, setup.mesh)
     held = held_in_training(shapes, shardings, setup.frozen_shapes, setup.live_shapes)
+    say(banner(setup, held))
     with explained(setup.mesh, held, lambda: what_helps(recipe, setup.mesh, held)), Trackers() as trackers:
         return _run(setup, optimizer, shapes, shardings, began, trackers)
 

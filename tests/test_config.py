@@ -14,7 +14,7 @@ from repo_jax.data.schema import SCHEMAS
 
 MODEL = "model: {model_name_or_path: some/model}\n"
 SECTION_NAMES = "model, data, loss, optim, mesh, run"
-RUN_FIELDS = "output_dir, seed, logging_steps, eval_steps, save_steps, profile_steps, compile_cache_dir, save_total_limit, push_to_hub, hub_model_id, hub_revision, hub_private_repo"
+RUN_FIELDS = "output_dir, seed, logging_steps, report_to, eval_steps, save_steps, profile_steps, compile_cache_dir, save_total_limit, push_to_hub, hub_model_id, hub_revision, hub_private_repo"
 
 
 @pytest.fixture
