@@ -39,6 +39,7 @@ STYLE = {
 styled = matplotlib.rc_context(STYLE)  # decorates what draws or writes
 SMALL, LARGE = (4.4, 2.6), (5.6, 4.2)  # inches; a page shows three small ones or two large ones side by side
 SHOWN = 6  # evaluations whose margins are drawn
+DENSE = 1000  # points from which on they are one picture within the plot, for size
 DOTS = 5000  # pairs that a scatter shows at most
 
 
@@ -110,9 +111,12 @@ def _curve(curve: Curve, metrics: Sequence[dict], held_out: Mapping[int, dict]) 
         window = max(1, len(y) // 12) if curve.noisy else 1
         smooth = np.convolve(y, np.full(window, 1 / window), mode="valid")
         if window > 1:
-            axes.plot(x, y, color=color, linewidth=0.6, alpha=0.35)
+            axes.plot(x, y, color=color, linewidth=0.6, alpha=0.35, rasterized=len(x) > DENSE)
         which = label or ("training" if window == 1 else f"training, mean of {window}")
-        axes.plot(x[window - 1 :], smooth, color=color, linewidth=1.6, label=which, marker="o" * (len(x) == 1))
+        sparse = slice(None, None, -(-len(smooth) // DENSE))
+        axes.plot(
+            x[window - 1 :][sparse], smooth[sparse], color=color, linewidth=1.6, label=which, marker="o" * (len(x) == 1)
+        )
         points = {step: found[name] for step, found in held_out.items() if name in found}
         if points:
             color = color if label else ORANGE
@@ -162,7 +166,7 @@ def length_scatter(longer_B: np.ndarray, margins_B: np.ndarray) -> Plot:
     """Whether answers are preferred for their length: tokens of the chosen answer less those of the rejected one, against the margin."""
     figure, axes = _axes(LARGE)
     step = -(-len(margins_B) // DOTS)
-    axes.scatter(longer_B[::step], margins_B[::step], s=9, color=BLUE, alpha=0.55, linewidths=0, rasterized=len(margins_B) > 500)  # fmt: skip
+    axes.scatter(longer_B[::step], margins_B[::step], s=9, color=BLUE, alpha=0.55, linewidths=0, rasterized=len(margins_B) > DENSE)  # fmt: skip
     axes.axhline(0, color=INK, linewidth=0.6, linestyle=":")
     axes.axvline(0, color=INK, linewidth=0.6, linestyle=":")
     axes.set(xlabel="scored tokens, chosen - rejected", ylabel="margin M (nats per token)")

@@ -185,6 +185,15 @@ def test_a_report_of_the_size_of_the_quickstart_takes_seconds(tmp_path):
     assert (tmp_path / "report.html").stat().st_size < 1e6
 
 
+def test_a_long_run_of_many_pairs_has_a_page_that_a_browser_opens_at_once():
+    rng, n = np.random.default_rng(0), 20_000
+    lines = [{"step": k, "loss": rng.random()} for k in range(1, n + 1)]
+    [curve] = plots.curves(lines, {})
+    dots = plots.length_scatter(rng.integers(-50, 50, n), rng.normal(size=n))
+    for svg in (curve.svg(), dots.svg()):
+        assert len(svg) < 300_000 and "data:image/png;base64," in svg
+
+
 def test_the_summary_lines_up():
     lines = summary_text(BEFORE, AFTER).splitlines()
     assert len({len(line) for line in lines}) == 1
