@@ -139,6 +139,8 @@ def _margins(setup: Setup, folder: pathlib.Path, metrics: list[dict]) -> Margins
     of, store, which = watched(setup)
     if not len(which) or not {0, setup.total_steps} <= after.keys():
         return None
+    finite = np.all([np.isfinite(margins_B) for margins_B in after.values()], axis=0)
+    which, after = which[finite], {step: margins_B[finite] for step, margins_B in after.items()}
     first, last = after[0], after[setup.total_steps]
     gamma = None if setup.loss.reference else setup.hparams.get("gamma")
     ends = {0: gamma, setup.total_steps: setup.hparams.get("gamma_end", gamma)}

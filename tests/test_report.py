@@ -1,16 +1,24 @@
 import html.parser
+import json
 import re
 import time
+import types
 
+import jax
 import numpy as np
 import pytest
-from examples import STORIES, tokens
+from examples import STORIES, one_device, tokens
 from report_facts import AFTER, BEFORE, METRICS, facts, margins
 
 from repo_jax import plots
-from repo_jax.data.chat import load_tokenizer
+from repo_jax.config import to_recipe
+from repo_jax.data.chat import TokenOptions, load_tokenizer
+from repo_jax.data.rows import RowShape
+from repo_jax.data.sources import open_source
+from repo_jax.data.store import open_store
 from repo_jax.plots import spearman
-from repo_jax.report import CONTROLS, cut, readable, summary_text, write_report
+from repo_jax.report import CONTROLS, cut, facts_of, readable, summary_text, watched, write_report
+from repo_jax.run_folder import RunFolder
 
 NASTY = "<script>alert('x')</script> & \"quoted\" \x00\x1b[31m ```` [link](http://example.org)"
 
@@ -163,6 +171,108 @@ def test_a_pair_is_shown_as_the_model_reads_it_and_cut_where_it_is_long():
     assert (shown.prompt, shown.chosen) == ("Once upon", "a time") and shown.tokens == (len(ids[1]), len(ids[2]))
     assert len(shown.rejected) < 1000 and shown.rejected.startswith("a cat") and " letters ...] " in shown.rejected
     assert cut("abcdefghijkl", 9) == "abcdef [... 3 letters ...] jkl" and cut("abc", 3) == "abc"
+
+
+# What a run's folder holds, as facts
+
+ROWS = [
+    {"id": f"row-{i}", "prompt": f"Once {i}", "chosen": " upon a time" * (i + 1), "rejected": " a cat"}
+    for i in range(6)
+]
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    """Data sets by name: of pairs, one of them empty, and of rows with one answer."""
+    folder = tmp_path_factory.mktemp("stores")
+    rows = {"pairs": ROWS, "other": ROWS[2:], "unpaired": [{"prompt": "Once", "completion": " upon", "label": True}]}
+    rows["pairs"] = [*ROWS, {"prompt": "Once", "chosen": "", "rejected": " x"}]
+
+    def store(name):
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows[name]), encoding="utf-8")
+        tokenizer, options = load_tokenizer(str(STORIES)), TokenOptions(max_length=256)
+        return open_store(open_source(str(path), "train"), tokenizer, options, cache_dir=str(folder / "cache"))
+
+    return {name: store(name) for name in rows}
+
+
+def run_of(folder, train, held_out=None, *, loss=None, reference=False, **hparams):
+    """A run of 4 updates that has ended, with what facts_of looks at."""
+    section = loss or {"loss_type": "repo", "gamma": 1.0}
+    recipe = {"model": {"model_name_or_path": "some/model"}, "loss": section, "run": {"output_dir": str(folder)}}
+    known = {
+        "recipe": to_recipe(recipe),
+        "loss": types.SimpleNamespace(reference=reference),
+        "hparams": hparams or {"gamma": 1.0},
+    }
+    known |= {"train": train, "held_out": held_out, "tokenizer": load_tokenizer(str(STORIES)), "total_steps": 4}
+    known |= {"mesh": one_device(), "shapes": [RowShape(1, 64, 32)], "gamma_quantile": None}
+    return types.SimpleNamespace(**known)
+
+
+def kept(folder, name, margins):
+    np.save(folder / f"margins_{name}.npy", np.float32(margins))
+
+
+def test_the_facts_are_those_of_the_folder_and_the_data(stores, tmp_path):
+    setup = run_of(tmp_path, stores["other"], stores["pairs"], gamma=1.0, gamma_end=0.25)
+    for name, values in {
+        "before": [5, 4, 3, 2, 1, 0],
+        "2": [0, 0, 0, 0, 0, 0],
+        "after": [3, np.nan, 5, -1, 4, 1],
+        "3": [9] * 6,
+    }.items():
+        kept(tmp_path, name, values)
+    lines = [{"step": 2, "loss": 1.0, "eval_loss": 1.0, "eval_gamma": 0.5}, {"step": 4, "loss": 0.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = facts_of(setup, RunFolder(setup.recipe))
+    assert found.title == "repo (gamma 1, gamma_end 0.25) on model" and found.metrics == lines and found.results is None
+    # margins_3.npy is of another run: no line tells of it. A pair without a number is left out.
+    assert {step: margins_B.tolist() for step, margins_B in found.margins.after.items()} == {
+        0: [5, 3, 2, 1, 0],
+        2: [0] * 5,
+        4: [3, 5, -1, 4, 1],
+    }
+    assert found.margins.of == "held-out pairs" and found.margins.gammas == {0: 1.0, 2: 0.5, 4: 0.25}
+    assert [(one.id, one.before, one.after) for one in found.margins.worst] == [("row-3", 2, -1), ("row-5", 0, 1)]
+    assert [(one.id, one.prompt) for one in found.margins.best] == [("row-2", "<s> Once 2"), ("row-4", "<s> Once 4")]
+    lengths = stores["pairs"].scored
+    np.testing.assert_array_equal(found.margins.longer_B, (lengths[:, 0] - lengths[:, 1])[[0, 2, 3, 4, 5]])
+    held_out = found.splits[1]
+    assert (held_out.name, held_out.rows, held_out.kept) == ("held-out", 7, 6)
+    assert ("pairs with an empty answer or an empty prompt", 1, "dropped") in held_out.reasons
+    assert found.versions["jax"] == jax.__version__ and found.versions["devices"] == "1 x cpu"
+    assert found.command == f"repo-jax train {tmp_path}/recipe.yaml --output_dir {tmp_path}-again"
+
+
+def test_without_held_out_data_a_sample_of_the_training_pairs_is_watched(stores, tmp_path, monkeypatch):
+    monkeypatch.setattr("repo_jax.report.SAMPLE", 3)
+    setup = run_of(tmp_path, stores["pairs"])
+    of, store, which = watched(setup)
+    assert of == "training pairs" and store is stores["pairs"] and len(which) == 3
+    assert facts_of(setup, RunFolder(setup.recipe)).margins is None  # nothing was kept: a run of before
+    kept(tmp_path, "before", [0, 1, 2])
+    kept(tmp_path, "after", [2, 1, 0])
+    [worst] = facts_of(setup, RunFolder(setup.recipe)).margins.worst
+    assert worst.id == f"row-{which[2]}"
+
+
+def test_objectives_without_margins_or_gamma_have_none_and_of_ones_own_there_is_no_command(stores, tmp_path):
+    setup = run_of(tmp_path, stores["unpaired"], loss={"loss_type": "kto"}, reference=True, beta=0.1)
+    found = facts_of(setup, RunFolder(setup.recipe))
+    assert found.margins is None and found.splits[0].kind == "rows"
+    setup = run_of(tmp_path, stores["pairs"], loss={"loss_type": "my_loss"}, reference=True, gamma=0.5)
+    for when in ("before", "after"):
+        kept(tmp_path, when, range(6))
+    found = facts_of(setup, RunFolder(setup.recipe))
+    assert found.margins.gammas == {} and found.command.startswith("repo_jax.train(repo_jax.load_recipe('")
+    assert found.command.endswith(", loss=my_loss)")
+    setup.recipe, setup.gamma_quantile = run_of(tmp_path, None).recipe, 0.9
+    assert "recipe.yaml --gamma auto --output_dir" in facts_of(setup, RunFolder(setup.recipe)).command
+
+
+# Numbers
 
 
 def test_spearman_goes_by_ranks_and_ties_share_theirs():
