@@ -7,6 +7,8 @@ repo_jax.evaluate(folder / "hf", eval_dataset=rows)
 
 import importlib
 
+__version__ = "0.1.0"
+
 _HOMES = {
     "load_recipe": "config",
     "train": "training",

@@ -4,14 +4,18 @@ import argparse
 import contextlib
 import difflib
 import functools
+import importlib.metadata
 import json
 import os
 import pathlib
+import platform
 import re
 import sys
 
+import repo_jax
 from repo_jax.config import SECTIONS, StoppedError, leaf_fields, load_recipe, read_yaml, takes_text
 from repo_jax.data.schema import DamagedStoreError
+from repo_jax.terminal import colorful, paint
 
 # What `generate` takes besides a recipe: answers.prepare has them under the same names, and their defaults.
 OWN = "default: the model's generation_config.json, else"
@@ -51,14 +55,21 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return command(arguments, overrides)
     except UsageError as error:
-        print(f"repo-jax: {error}", file=sys.stderr)
+        complain(error)
         return 2
+    except KeyboardInterrupt:
+        complain("interrupted; the same command starts again, from the newest checkpoint where there is one")
+        return 130
     except BrokenPipeError:  # whoever read what is printed has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (FloatingPointError, DamagedStoreError, StoppedError) as error:
-        print(f"repo-jax: {error}", file=sys.stderr)
+        complain(error)
         return getattr(error, "code", 1)
+
+
+def complain(what) -> None:
+    print(f"{paint('repo-jax:', 'red', sys.stderr)} {what}", file=sys.stderr)
 
 
 class UsageError(Exception):
@@ -130,7 +141,7 @@ def inspect_command(arguments, overrides) -> int:
     if arguments.json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
     else:
-        print(as_text(found, color=sys.stdout.isatty()))
+        print(as_text(found, color=colorful(sys.stdout)))
     return int(bool(arguments.strict and found["wrong"]))
 
 
@@ -241,6 +252,10 @@ class Parser(argparse.ArgumentParser):
 def parse(argv: list[str]):
     """The parsed arguments, the command to call, and the recipe overrides {'section.leaf': value}."""
     parser = Parser(prog="repo-jax", description="Aligns language models with preference pairs.")
+    versions = (
+        f"repo-jax {repo_jax.__version__} (jax {importlib.metadata.version('jax')}, Python {platform.python_version()})"
+    )
+    parser.add_argument("--version", action="version", version=versions)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name, function, words):
@@ -342,6 +357,9 @@ def parse(argv: list[str]):
     add_recipe_flags(plan)
     losses = add("losses", losses_command, "list the objectives, or say all of one")
     losses.add_argument("name", nargs="?", help="a loss_type")
+    if not argv:
+        parser.print_help()
+        parser.exit()
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         close = difflib.get_close_matches(unknown[0], [f"--{name.split('.')[1]}" for name in recipe_flags()], n=1)

@@ -27,6 +27,7 @@ def _separate(value):
 
 # One or several names: a list, or on the command line also a,b.
 Names = Annotated[list[str] | str | None, pydantic.BeforeValidator(_separate)]
+TRACKERS = ("tensorboard", "wandb", "trackio")
 STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
 
 
@@ -249,6 +250,9 @@ class RunSection:
     )
     seed: int = Field(42, ge=0, description="decides the order of the pairs")
     logging_steps: int = Field(1, ge=1, description="updates between lines of metrics.jsonl")
+    report_to: Names = Field(
+        "none", description=f"where metrics go besides metrics.jsonl: {', '.join(TRACKERS)}, several of them, or none"
+    )
     eval_steps: int | None = Field(
         None, ge=1, description="updates between evaluations; null: before and after training only"
     )
@@ -272,11 +276,22 @@ class RunSection:
     )
 
     def __post_init__(self):
+        for name in self.trackers:
+            if name not in TRACKERS:
+                raise ValueError(
+                    f"recipe.run.report_to={name!r}; choose one or several of {', '.join(TRACKERS)}, or none"
+                )
         first, last = self.traced
         if self.profile_steps is not None and not 1 <= first <= last:
             raise ValueError(
                 f"profile_steps={self.profile_steps!r}; give the first and the last update to trace, such as 10-12"
             )
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """What report_to names, none left out."""
+        given = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
+        return tuple(dict.fromkeys(name for name in given if [*given] != ["none"]))
 
     @property
     def traced(self) -> tuple[int, int]:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+import repo_jax
 from repo_jax.config import DataSection
 from repo_jax.data.batches import steps_per_epoch
 from repo_jax.data.schema import PairTokens
@@ -23,17 +24,32 @@ from repo_jax.evaluation import Evaluation
 from repo_jax.flops import flops_of, lengths_of
 from repo_jax.hardware import chip_of, peak_memory
 from repo_jax.losses import title_of
+from repo_jax.memory import room
 from repo_jax.metrics import as_numbers
 from repo_jax.models.decoder import param_shapes
 from repo_jax.optimizer import learning_rate
 from repo_jax.preparation import Setup
 from repo_jax.run_folder import read_metrics, write_whole
+from repo_jax.terminal import paint, size_words, time_words
 
 # The data options that decide what is scored, and so what a number means.
 TOKEN_OPTIONS = (
     *("compat", "score_header", "append_eos", "truncation", "max_length", "max_prompt_length"),
     *("use_poet", "ld_alpha", "temporal_decay", "chat_template_kwargs"),
 )
+
+
+SHOWN = {
+    # metric             what people see
+    "loss":               "loss",
+    "margin":             "margin",  # mean log-prob per token of chosen answers less that of rejected ones
+    "rewards/accuracies": "accuracy",
+    "active_fraction":    "active",
+    "pairs_per_second":   "pairs/s",
+    "mfu":                "mfu",
+    "eval_loss":          "held-out loss",
+    "eval_rewards/accuracies": "held-out accuracy",
+}  # fmt: skip
 
 
 class Compiled(NamedTuple):
@@ -79,11 +95,21 @@ class Log:
     those pushed back whose gradient is not 0, without padding and without anything computed twice.
     """
 
-    SHOWN = ("loss", "rewards/accuracies", "active_fraction", "pairs_per_second", "mfu")
     FIRST = 2  # updates in which programs are compiled as a matter of course
+    TIMED = 3  # updates after those, from which the time that is left is told
+    LINES = 40  # where there is no terminal a whole run says about so many
 
-    def __init__(self, setup: Setup, path: pathlib.Path, start: int, *, began: Compiled | None = None):
-        """`began` is compiled() from before what is to be counted; None: from now on."""
+    def __init__(
+        self,
+        setup: Setup,
+        path: pathlib.Path,
+        start: int,
+        *,
+        began: Compiled | None = None,
+        report: Callable[[dict], None] = lambda line: None,
+    ):
+        """began: compiled() from before what is to be counted, None from now on; report: is given every line that is written."""
+        self._report = report
         self._every, self._start, self._total = setup.recipe.run.logging_steps, start, setup.total_steps
         model, self._cfg = setup.recipe.model, setup.cfg
         self._trained = "adapters" if model.use_peft else "all"
@@ -100,7 +126,11 @@ class Log:
             write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(path if primary() else os.devnull, "a", encoding="utf-8")  # noqa: SIM115 - open for as long as the run
         hidden = None if primary() else True
-        self._bar = tqdm(total=self._total, initial=start, desc="training", unit=" updates", disable=hidden)
+        shape = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        self._bar = tqdm(total=self._total, initial=start, desc="training", bar_format=shape, dynamic_ncols=True, disable=hidden)  # fmt: skip
+        self._spacing = -(-(self._total - start) // self.LINES)  # updates between lines that are said
+        self._said = {"update": -math.inf, "evaluation": -math.inf}
+        self._timed = None  # an update, and when it ended, from which on updates are timed
         self._pending = None  # (step, metrics, flops, ids of its pairs) of an update that may still run
         self._most_skipped, self._skipped = setup.recipe.optim.max_skipped_updates, 0  # in a row
         self._began = compiled() if began is None else began
@@ -122,15 +152,20 @@ class Log:
         self._bar.update()
         self._before = compiled()
 
-    def evaluated(self, evaluate: Callable[[], Evaluation]) -> None:
-        """Adds an evaluation to the line of the pending update; its time is not counted as training."""
+    def evaluated(self, evaluate: Callable[[], Evaluation]) -> Evaluation:
+        """Adds an evaluation, which it returns, to the line of the pending update; its time is not counted as training."""
         step, metrics, *others = self._pending
         jax.block_until_ready(metrics)
         started, before = time.perf_counter(), compiled()
-        metrics |= {f"eval_{name}": value for name, value in evaluate().metrics.items()}
-        self._clock += time.perf_counter() - started
-        self._compile_clock += compiled().since(before).seconds
+        evaluation = evaluate()
+        metrics |= as_held_out(evaluation.metrics)
+        took, compiling = time.perf_counter() - started, compiled().since(before).seconds
+        self._clock += took
+        self._compile_clock += compiling
+        if self._timed is not None:
+            self._timed[1] += took - compiling
         self._pending = (step, metrics, *others)
+        return evaluation
 
     def before_update(self) -> None:
         """On CPU, where running ahead gains nothing, the pending line is written now: its time is then its own."""
@@ -159,6 +194,7 @@ class Log:
                     "diverged and stops; start again with a lower learning_rate and a new output_dir, or look at the pairs named above"
                 )
             return
+        self._time(step)
         self._updates += 1
         self._flops += flops.forward + flops.backward * metrics.get("active_token_fraction", 1.0)
         if step % self._every and step != self._total and "eval_loss" not in metrics:
@@ -171,15 +207,41 @@ class Log:
         line |= metrics | self._rates_since_last_line()
         self._start_line()
         self._write(line)
-        shown = [name for name in self.SHOWN if name in line]
-        if self._bar.disable:
-            say(f"update {step}/{self._total}  " + "  ".join(f"{name} {line[name]:.4g}" for name in shown))
-        else:
-            self._bar.set_postfix({name: f"{line[name]:.3g}" for name in shown})
+        self._show(step, line)
+
+    def _show(self, step: int, line: dict) -> None:
+        """What of a line people see: in the bar, or as text where there is none or held-out pairs were scored."""
+        if {"logps/chosen", "logps/rejected"} <= line.keys():
+            line = line | {"margin": line["logps/chosen"] - line["logps/rejected"]}
+        shown = {words: f"{line[name]:.3g}" for name, words in SHOWN.items() if name in line}
+        if not self._bar.disable:
+            self._bar.set_postfix({words: text for words, text in shown.items() if not words.startswith("held-out")})
+        kind = "evaluation" if "eval_loss" in line else "update"
+        early = step <= self._start + self.FIRST + self.TIMED
+        due = early or step - self._said[kind] >= self._spacing or step == self._total
+        if due and (self._bar.disable or kind == "evaluation"):
+            self._said[kind] = step
+            left = ""
+            if self._bar.disable and self._timed is not None and self._timed[0] < step < self._total:
+                left = f"  left {time_words(self._seconds_left(step))}"
+            say(f"update {step}/{self._total}  " + "  ".join(f"{words} {text}" for words, text in shown.items()) + left)
+
+    def _time(self, step: int) -> None:
+        """Tells, once, how long the run will take, when a few updates after those that compile are timed."""
+        if self._timed is None and step >= self._start + self.FIRST:
+            self._timed = [step, time.perf_counter() - compiled().seconds]
+        elif self._timed is not None and step == self._timed[0] + self.TIMED and step < self._total:
+            left, seconds = self._total - step, self._seconds_left(step)
+            say(f"about {time_words(seconds)} for the {left} updates that are left, {seconds / left:.3g} s each")
+
+    def _seconds_left(self, step: int) -> float:
+        since, clock = self._timed
+        return (time.perf_counter() - compiled().seconds - clock) / (step - since) * (self._total - step)
 
     def _write(self, line: dict) -> None:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+        self._report(line)
 
     def _start_line(self) -> None:
         self._clock, self._compile_clock = time.perf_counter(), compiled().seconds
@@ -213,16 +275,44 @@ class Log:
         say(f"compiled {compiled().since(self._began)}")
 
 
+def as_held_out(metrics: dict[str, float]) -> dict[str, float]:
+    """Metrics under the names that they have in a line of metrics.jsonl where they are of held-out pairs."""
+    return {f"eval_{name}": value for name, value in metrics.items()}
+
+
+def objective_of(setup: Setup) -> str:
+    """The objective with its hyperparameters, as in: simpo (beta 2, gamma 0.25)."""
+    loss = setup.recipe.loss
+    chosen = {name: loss.get(name, value) for name, value in setup.hparams.items()}
+    given = ", ".join(
+        f"{name} {value if isinstance(value, str) else format(value, 'g')}" for name, value in chosen.items()
+    )
+    return f"{title_of(loss['loss_type'])} ({given})"
+
+
+def banner(setup: Setup, held: dict[str, int]) -> str:
+    """What a run begins with: where it runs, what it is, and what it holds on each device (bytes by kind)."""
+    devices = setup.mesh.devices
+    limit = room(setup.mesh.local_devices[0])
+    kinds = ", ".join(f"{name} {size_words(size)}" for name, size in held.items())
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(setup.cfg)))
+    return "\n".join(
+        [
+            paint(
+                f"repo_jax {repo_jax.__version__} on {devices.size} x {devices.flat[0].device_kind}", "bold", sys.stdout
+            ),
+            describe(setup),
+            f"{parameters:,} parameters; held on each device: {size_words(sum(held.values()))}"
+            + (f" of {size_words(limit)}" if limit else "")
+            + f" ({kinds})",
+        ]
+    )
+
+
 def describe(setup: Setup) -> str:
     """What a run is, in a few lines."""
     recipe = setup.recipe
-    chosen = {name: recipe.loss.get(name, value) for name, value in setup.hparams.items()}
-    objective = ", ".join(
-        f"{name} {value if isinstance(value, str) else format(value, 'g')}" for name, value in chosen.items()
-    )
-    lines = [
-        f"{title_of(recipe.loss['loss_type'])} ({objective}) on {recipe.model.model_name_or_path}, in {recipe.model.compute_dtype}"
-    ]
+    lines = [f"{objective_of(setup)} on {recipe.model.model_name_or_path}, in {recipe.model.compute_dtype}"]
     if setup.loss.reference:
         lines.append(
             f"compared with {recipe.model.reference_model_name_or_path or recipe.model.model_name_or_path + ' as it is'}"
@@ -254,5 +344,8 @@ def describe(setup: Setup) -> str:
 def say(text: str) -> None:
     """A line for whoever watches, above a progress bar if there is one; of several processes the first one speaks."""
     if primary():
-        tqdm.write(text, file=sys.stdout)
+        lines = (
+            paint(one, "yellow", sys.stdout) if one.lstrip().startswith("warning:") else one for one in text.split("\n")
+        )
+        tqdm.write("\n".join(lines), file=sys.stdout)
         sys.stdout.flush()

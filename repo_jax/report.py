@@ -1,9 +1,29 @@
-"""What people would rather look at than read: report.md and its plots."""
+"""What people would rather look at than read: report.html, which is one file, and report.md with its plots beside it."""
 
+import datetime
+import functools
+import importlib.metadata
 import pathlib
+import platform
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
+import jax
+import jinja2
 import numpy as np
-from matplotlib.figure import Figure  # rather than pyplot, which would choose a backend for the whole process
+from markupsafe import Markup
+
+import repo_jax
+from repo_jax import plots
+from repo_jax.config import dump_recipe
+from repo_jax.data.schema import PairTokens
+from repo_jax.data.store import DROPPED, NOTICED, TokenStore
+from repo_jax.losses import LOSSES, title_of
+from repo_jax.preparation import Setup
+from repo_jax.progress import describe, objective_of
+from repo_jax.run_folder import RunFolder, read_margins, read_metrics, read_results
 
 SUMMARY = {
     # metric                 what it is called
@@ -11,6 +31,61 @@ SUMMARY = {
     "mean_margin":        "mean margin (nats per token)",
     "active_fraction":    "active fraction",
 }  # fmt: skip
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy")
+SAMPLE = 256  # training pairs that are scored before and after where nothing is held out
+PAIRS = 4  # that are shown from each end
+LETTERS = 900  # of a text that are shown at most
+# Characters that would do something rather than be seen.
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+class Pair(NamedTuple):
+    """A pair as people read it, with its margin before and after training."""
+
+    id: str
+    prompt: str
+    chosen: str
+    rejected: str
+    tokens: tuple[int, int]  # scored, of the two answers
+    before: float
+    after: float
+
+
+class Margins(NamedTuple):
+    """Margins of the same pairs as training goes on."""
+
+    of: str  # which pairs these are
+    after: Mapping[int, np.ndarray]  # so many updates: [B]
+    gammas: Mapping[int, float]  # at these updates; none where the objective has none in nats per token
+    longer_B: np.ndarray  # scored tokens of the chosen answer less those of the rejected one
+    worst: Sequence[Pair]
+    best: Sequence[Pair]
+
+
+class Split(NamedTuple):
+    """What became of the rows of one data set."""
+
+    name: str
+    source: str
+    rows: int
+    kept: int
+    kind: str  # pairs or rows
+    reasons: Sequence[tuple[str, int, str]]  # words, rows, dropped or kept
+
+
+class Facts(NamedTuple):
+    """Everything that a report says."""
+
+    title: str
+    about: Sequence[str]  # what the run was; a line that begins with a space belongs to the one before
+    total: int  # updates
+    metrics: Sequence[dict]  # the lines of metrics.jsonl
+    results: dict | None  # eval_results.json
+    margins: Margins | None
+    splits: Sequence[Split]
+    recipe: str
+    versions: Mapping[str, str]
+    command: str
 
 
 def summary_rows(before: dict, after: dict) -> list[tuple[str, float, float]]:
@@ -26,82 +101,181 @@ def summary_text(before: dict, after: dict) -> str:
     return "\n".join(f"  {what:<30}{b:>9}{a:>9}" for what, b, a in rows)
 
 
-def write_report(
-    folder: pathlib.Path,
-    *,
-    metrics: list[dict],
-    margins: tuple[np.ndarray, np.ndarray] | None,
-    results: dict | None,
-    gamma: float | None,
-    about: list[str],
-) -> pathlib.Path:
-    """report.md in FOLDER with three plots beside it; returns its path.
+# What a run leaves, as facts
 
-    metrics: the lines of metrics.jsonl; margins: held-out margins before and after; results: eval_results.json; about: lines
-    that say what the run was, those that begin with a space being of the one before.
-    """
-    lines = ["# Report", "", *(f"{'  ' * line.startswith(' ')}- {line.strip()}" for line in about), ""]
-    if results is not None:
-        lines += ["| held-out pairs | before | after |", "| --- | --- | --- |"]
-        lines += [f"| {what} | {b:.4f} | {a:.4f} |" for what, b, a in summary_rows(results["before"], results["after"])]
-        lines += [
-            "",
-            f"{results['pairs']} pairs. Accuracy counts pairs with margin above 0; a pair is active while its gradient is not 0."
-            if "mean_margin" in results["before"]
-            else f"{results['pairs']} rows, each with one answer.",
-            "",
-        ]
-    metrics, skipped = [line for line in metrics if "loss" in line], [line for line in metrics if "skipped" in line]
-    _curve(folder / "loss.png", metrics, "loss", "loss", color="#3b6ea5")
-    lines += ["![loss](loss.png)", ""]
-    if margins is not None:
-        _histogram(folder / "margins.png", *margins, gamma=gamma)
-        lines += ["![margins](margins.png)", ""]
-    _curve(
-        folder / "active_fraction.png", metrics, "active_fraction", "active fraction", color="#b3541e", limits=(0, 1.02)
+
+def facts_of(setup: Setup, place: RunFolder) -> Facts:
+    """The facts of a run that has ended, from its folder and its data."""
+    recipe, folder = setup.recipe, place.here
+    metrics = read_metrics(folder / "metrics.jsonl")
+    named = (("training", setup.train), ("held-out", setup.held_out))
+    model = re.split(r"[/\\]", recipe.model.model_name_or_path.rstrip("/\\"))[-1]
+    return Facts(
+        title=f"{objective_of(setup)} on {model}",
+        about=describe(setup).splitlines(),
+        total=setup.total_steps,
+        metrics=metrics,
+        results=read_results(folder),
+        margins=_margins(setup, folder, metrics),
+        splits=[_split(name, store) for name, store in named if store is not None],
+        recipe=dump_recipe(recipe),
+        versions=_versions(setup),
+        command=_command(setup, place),
     )
-    lines += ["![active fraction](active_fraction.png)", ""]
-    if skipped:
-        updates = ", ".join(str(line["step"]) for line in skipped)
-        lines += [
-            f"**Skipped** because the loss or the gradient was not finite: {updates} (their pairs stand in metrics.jsonl).",
-            "",
-        ]
-    if metrics:
-        last = metrics[-1]
-        lines += ["## The last logged update", "", "| metric | value |", "| --- | --- |"]
-        lines += [f"| {name} | {last[name]:.6g} |" for name in last] + [""]
-    path = folder / "report.md"
-    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def watched(setup: Setup) -> tuple[str, TokenStore, np.ndarray]:
+    """The pairs whose margins are kept: all that are held out, or else a sample of those trained on. What they are, their store, and
+    which of its pairs."""
+    store = setup.train if setup.held_out is None else setup.held_out
+    both = np.flatnonzero((store.scored > 0).all(axis=1))
+    if setup.held_out is not None:
+        return "held-out pairs", store, both
+    rng = np.random.default_rng(setup.recipe.run.seed)
+    return "training pairs", store, np.sort(rng.permutation(both)[:SAMPLE])
+
+
+def _margins(setup: Setup, folder: pathlib.Path, metrics: list[dict]) -> Margins | None:
+    evaluated = {line["step"]: line for line in metrics if "eval_loss" in line}
+    after = read_margins(folder, steps=evaluated, total=setup.total_steps)
+    of, store, which = watched(setup)
+    if not len(which) or not {0, setup.total_steps} <= after.keys():
+        return None
+    finite = np.all([np.isfinite(margins_B) for margins_B in after.values()], axis=0)
+    which, after = which[finite], {step: margins_B[finite] for step, margins_B in after.items()}
+    first, last = after[0], after[setup.total_steps]
+    gamma = None if setup.loss.reference else setup.hparams.get("gamma")
+    ends = {0: gamma, setup.total_steps: setup.hparams.get("gamma_end", gamma)}
+    gammas = {step: evaluated.get(step, {}).get("eval_gamma", ends.get(step, gamma)) for step in after}
+    order = np.argsort(last, kind="stable")
+    shown = min(PAIRS, len(order) // 2)
+
+    def pair(place: int) -> Pair:
+        return readable(store.plain(int(which[place])), setup.tokenizer, first[place], last[place])
+
+    return Margins(
+        of=of,
+        after=after,
+        gammas={} if gamma is None else gammas,
+        longer_B=store.scored[which, 0] - store.scored[which, 1],
+        worst=[pair(i) for i in order[:shown]],
+        best=[pair(i) for i in order[::-1][:shown]],
+    )
+
+
+def readable(pair: PairTokens, tokenizer, before: float, after: float) -> Pair:
+    """A pair as text, cut where it is long."""
+    texts = (cut(tokenizer.decode(ids).strip()) for ids in (pair.prompt, pair.chosen, pair.rejected))
+    tokens = tuple(int(mask.sum()) for mask in pair.masks)
+    return Pair(pair.id, *texts, tokens, float(before), float(after))
+
+
+def cut(text: str, most: int = LETTERS) -> str:
+    """The text, or its two ends with the number of letters between them."""
+    if len(text) <= most:
+        return text
+    tail = most // 3
+    return f"{text[: most - tail]} [... {len(text) - most:,} letters ...] {text[len(text) - tail :]}"
+
+
+def _split(name: str, store: TokenStore) -> Split:
+    reasons = [(DROPPED[reason], n, "dropped") for reason, n in store.dropped.items()]
+    reasons += [(NOTICED[reason], n, "kept") for reason, n in store.noticed.items()]
+    return Split(name, store.name, store.rows, len(store), "rows" if store.unpaired else "pairs", reasons)
+
+
+def _versions(setup: Setup) -> dict[str, str]:
+    devices, processes = setup.mesh.devices, jax.process_count()
+    where = f"{devices.size} x {devices.flat[0].device_kind}" + (f", {processes} processes" if processes > 1 else "")
+    return (
+        {"repo_jax": repo_jax.__version__, "Python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in PACKAGES}
+        | {"devices": where, "system": platform.platform()}
+    )
+
+
+def _command(setup: Setup, place: RunFolder) -> str:
+    """What runs the same again. An objective of one's own has no command."""
+    recipe = place.shown("recipe.yaml")
+    kinds = setup.recipe.loss["loss_type"]
+    if any(kind not in LOSSES for kind in ([kinds] if isinstance(kinds, str) else kinds)):
+        overrides = '{"run.output_dir": "NEW_FOLDER"}'
+        return f"repo_jax.train(repo_jax.load_recipe({recipe!r}, {overrides}), loss={title_of(kinds)})"
+    auto = [] if setup.gamma_quantile is None else ["--gamma", "auto"]
+    return shlex.join(["repo-jax", "train", recipe, *auto, "--output_dir", f"{place}-again"])
+
+
+# Facts, written
+
+
+def write_report(folder: pathlib.Path, facts: Facts) -> pathlib.Path:
+    """report.html, and report.md with its plots, in FOLDER; returns the path of the former."""
+    trained = [line for line in facts.metrics if "loss" in line]
+    margins, drawn = facts.margins, {}
+    if margins is not None:
+        last_B = margins.after[facts.total]
+        drawn["margins"] = plots.histograms(margins.after, margins.gammas, facts.total)
+        drawn["length"] = plots.length_scatter(margins.longer_B, last_B)
+    curves = plots.curves(trained, _held_out(facts))
+    for plot in (*drawn.values(), *curves):
+        plot.write_png(folder)
+    known = {
+        "facts": facts,
+        "summary": summary_rows(facts.results["before"], facts.results["after"]) if facts.results else [],
+        "about": _nested(facts.about),
+        "plots": drawn,
+        "curves": curves,
+        "correlation": margins and plots.spearman(margins.longer_B, last_B),
+        "ends": margins and [("lowest", margins.worst), ("highest", margins.best)],
+        "last": {name: value for name, value in trained[-1].items() if isinstance(value, float)} if trained else {},
+        "skipped": [line["step"] for line in facts.metrics if "skipped" in line],
+        "now": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+    }
+    for name in ("report.md", "report.html"):
+        path = folder / name
+        text = _environment().get_template(f"{name}.j2").render(known)
+        path.write_text(CONTROLS.sub("\ufffd", text), encoding="utf-8")
     return path
 
 
-def _curve(path, metrics, name, label, *, color, limits=None):
-    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
-    axes = figure.subplots()
-    x, y = ([line[key] for line in metrics] for key in ("step", name))
-    axes.plot(x, y, color=color, linewidth=0.8, alpha=0.35)
-    window = max(1, len(y) // 12)  # one update sees few pairs; the mean of some shows the way
-    if window > 1:
-        mean = np.convolve(y, np.full(window, 1 / window), mode="valid")
-        axes.plot(x[window - 1 :], mean, color=color, linewidth=1.8, label=f"mean of {window} logged updates")
-        axes.legend(frameon=False)
-    axes.set(xlabel="update", ylabel=label)
-    if limits:
-        axes.set_ylim(*limits)
-    axes.grid(alpha=0.25)
-    figure.savefig(path, dpi=120)
+def _held_out(facts: Facts) -> dict[int, dict]:
+    """Metrics of held-out pairs after so many updates."""
+    found = {
+        line["step"]: {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
+        for line in facts.metrics
+        if "eval_loss" in line
+    }
+    if facts.results is None:
+        return found
+    return {0: facts.results["before"]} | found | {facts.total: facts.results["after"]}
 
 
-def _histogram(path, before_B, after_B, *, gamma):
-    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
-    axes = figure.subplots()
-    low, high = np.quantile(np.concatenate([before_B, after_B]), [0.005, 0.995])
-    bins = np.linspace(low, high, 41)
-    axes.hist(before_B, bins, alpha=0.55, label="before", color="#8a8a8a")
-    axes.hist(after_B, bins, alpha=0.55, label="after", color="#3b6ea5")
-    if gamma is not None:
-        axes.axvline(gamma, color="#b3541e", linestyle="--", label=f"gamma = {gamma:g}")
-    axes.set(xlabel="margin M: mean log-prob chosen - rejected (nats per token)", ylabel="held-out pairs")
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
+def _nested(lines: Sequence[str]) -> list[tuple[str, list[str]]]:
+    found = []
+    for line in lines:
+        if line.startswith(" ") and found:
+            found[-1][1].append(line.strip())
+        else:
+            found.append((line.strip(), []))
+    return found
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("repo_jax"),
+        autoescape=lambda name: name.endswith(".html.j2"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["svg"] = lambda plot: Markup(plot.svg())
+    environment.filters["fenced"] = _fenced
+    return environment
+
+
+def _fenced(text: str) -> str:
+    """A Markdown block that holds any text as it is."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{text}\n{fence}"

@@ -97,7 +97,7 @@ FREE = {
     "model": {"remat", "attn_implementation"},
     "mesh": {"data", "fsdp", "tensor"},
     "run": {"output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit"}
-    | {"profile_steps", "compile_cache_dir"}
+    | {"profile_steps", "compile_cache_dir", "report_to"}
     | {"push_to_hub", "hub_model_id", "hub_revision", "hub_private_repo"},
 }
 
@@ -253,10 +253,23 @@ def save_evaluation(folder: pathlib.Path, when: str, evaluation: Evaluation) -> 
     """Adds one side, before or after, to eval_results.json; process 0 writes."""
     if not primary():
         return
-    np.save(folder / f"margins_{when}.npy", evaluation.margins_B)
+    save_margins(folder, when, evaluation.margins_B)
     results = (read_results(folder) or {}) | {"pairs": evaluation.pairs}
     results[when] = summarize(evaluation)
     write_whole(folder / "eval_results.json", json.dumps(results, indent=2) + "\n")
+
+
+def save_margins(folder: pathlib.Path, when: str | int, margins_B: np.ndarray) -> None:
+    """Keeps the margins before or after training, or after so many updates, for the report; process 0 writes."""
+    if primary():
+        np.save(folder / f"margins_{when}.npy", margins_B)
+
+
+def read_margins(folder: pathlib.Path, *, steps: Iterable[int], total: int) -> dict[int, np.ndarray]:
+    """The margins that were kept, by the number of updates before them; `steps` are those with an evaluation."""
+    names = {step: str(step) for step in steps} | {0: "before", total: "after"}
+    paths = {step: folder / f"margins_{name}.npy" for step, name in sorted(names.items())}
+    return {step: np.load(path) for step, path in paths.items() if path.exists()}
 
 
 def read_results(folder: pathlib.Path) -> dict | None:

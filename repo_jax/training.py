@@ -24,22 +24,23 @@ from repo_jax.memory import explained, held_in_training, what_helps
 from repo_jax.models.lora import init_adapters
 from repo_jax.optimizer import make_optimizer
 from repo_jax.preparation import Setup, keep_programs, set_up
-from repo_jax.progress import Compiled, Log, compiled, describe, say
+from repo_jax.progress import Compiled, Log, as_held_out, banner, compiled, say
 from repo_jax.reference import live_reference, with_reference
-from repo_jax.report import summary_text, write_report
+from repo_jax.report import facts_of, summary_text, watched, write_report
 from repo_jax.run_folder import (
     RunFolder,
     claim,
     found_gamma,
-    read_metrics,
     read_results,
     save_evaluation,
+    save_margins,
     what_runs,
     write_whole,
 )
 from repo_jax.state import TrainState, initial_state, state_shapes, state_shardings, variables_of
 from repo_jax.step import Scorer, TrainStep
 from repo_jax.stores import with_rows
+from repo_jax.trackers import Trackers, check_trackers
 
 GAMMA_SAMPLE = 1024  # pairs whose margins `gamma: auto` looks at
 
@@ -71,6 +72,7 @@ def train(
 
 def prepare(recipe: Recipe, loss: Loss | Callable | None = None) -> Setup:
     """Looks at every value of the recipe and makes its output folder this run's."""
+    check_trackers(recipe.run)
     setup = set_up(recipe, training=True, loss=loss)
     agree(what_runs(setup))
     claim(setup)
@@ -81,16 +83,18 @@ def run(setup: Setup) -> pathlib.Path:
     """The run itself, from its newest checkpoint if there is one, to its end."""
     recipe, began = setup.recipe, compiled()
     keep_programs(recipe.run.compile_cache_dir)
-    say(describe(setup))
     optimizer = make_optimizer(recipe.optim, setup.total_steps)
     shapes = state_shapes(setup.trained_shapes, optimizer, setup.loss)
     shardings = state_shardings(shapes, optimizer, setup.mesh)
     held = held_in_training(shapes, shardings, setup.frozen_shapes, setup.live_shapes)
-    with explained(setup.mesh, held, lambda: what_helps(recipe, setup.mesh, held)):
-        return _run(setup, optimizer, shapes, shardings, began)
+    say(banner(setup, held))
+    with explained(setup.mesh, held, lambda: what_helps(recipe, setup.mesh, held)), Trackers() as trackers:
+        return _run(setup, optimizer, shapes, shardings, began, trackers)
 
 
-def _run(setup: Setup, optimizer, shapes: TrainState, shardings: TrainState, began: Compiled) -> pathlib.Path:
+def _run(
+    setup: Setup, optimizer, shapes: TrainState, shardings: TrainState, began: Compiled, trackers: Trackers
+) -> pathlib.Path:
     recipe, place = setup.recipe, RunFolder(setup.recipe)
     folder = place.here
     frozen = setup.pretrained.params(setup.mesh, recipe.model.param_dtype) if recipe.model.use_peft else None
@@ -122,9 +126,11 @@ def _run(setup: Setup, optimizer, shapes: TrainState, shardings: TrainState, beg
                 place.keep()
         scorer = scorer.of(setup.loss, setup.hparams)
         live = live_reference(setup, frozen)
-        if not start and setup.held_out is not None:
-            variables = variables_of(state.params, frozen, live)
-            save_evaluation(folder, "before", evaluate_pairs(scorer, variables, setup.held_out))
+        if start < setup.total_steps:
+            trackers.start(setup, place, start)
+        if not start:
+            found = look(setup, folder, "before", scorer, variables_of(state.params, frozen, live))
+            trackers.log({"step": 0} | as_held_out(found))
             place.keep()
         step = TrainStep(
             *(scorer, setup.model, setup.loss, optimizer, shardings),
@@ -135,18 +141,31 @@ def _run(setup: Setup, optimizer, shapes: TrainState, shardings: TrainState, beg
             seed=recipe.run.seed,
             total_steps=setup.total_steps,
         )
-        log = Log(setup, folder / "metrics.jsonl", start, began=began)
+        log = Log(setup, folder / "metrics.jsonl", start, began=began, report=trackers.log)
         state = run_updates(setup, state, step, scorer, checkpoints, log, start, frozen, live, place)
         params, loss_state = state.params, state.loss_state
     with (
         stopping_at_once()
     ):  # several processes too: JAX's service would only note SIGTERM for an update that never comes
-        if setup.held_out is not None:
-            variables = variables_of(params, frozen, live)
-            save_evaluation(folder, "after", evaluate_pairs(scorer, variables, setup.held_out, loss_state, 1.0))
-            place.keep()
+        found = look(setup, folder, "after", scorer, variables_of(params, frozen, live), loss_state, 1.0)
+        trackers.log({"step": setup.total_steps} | as_held_out(found))
+        place.keep()
         finish(setup, params, frozen, place)
     return folder
+
+
+def look(setup: Setup, folder: pathlib.Path, when: str, scorer: Scorer, variables: dict, *state) -> dict[str, float]:
+    """Scores what is held out before or after training and returns its metrics; where nothing is held out, a few training pairs, for
+    the report's margins alone."""
+    if setup.held_out is not None:
+        evaluation = evaluate_pairs(scorer, variables, setup.held_out, *state)
+        save_evaluation(folder, when, evaluation)
+        return evaluation.metrics
+    _, store, which = watched(setup)
+    if len(which):
+        scored = score_pairs(scorer, variables, [store[int(i)] for i in which])
+        save_margins(folder, when, np.asarray(scored.mean_margin_B))
+    return {}
 
 
 def first_gamma(setup: Setup, scorer: Scorer, variables: dict) -> float:
@@ -219,7 +238,8 @@ def run_updates(
             checkpoints.check()
             if setup.held_out is not None and run.eval_steps and (k + 1) % run.eval_steps == 0:
                 now = variables_of(state.params, frozen, live), setup.held_out, state.loss_state, (k + 1) / total
-                log.evaluated(lambda now=now: evaluate_pairs(scorer, *now))
+                found = log.evaluated(lambda now=now: evaluate_pairs(scorer, *now))
+                save_margins(place.here, k + 1, found.margins_B)
             stopping = interruption.due(k + 1)
             if (k + 1) % run.save_steps == 0 or k + 1 == total or stopping:
                 log.flush()  # what a checkpoint covers stands in the log before the checkpoint exists
@@ -254,26 +274,15 @@ def finish(setup: Setup, params: dict, frozen: dict | None, place: RunFolder) ->
 
 
 def _tell(setup: Setup, place: RunFolder, results: dict | None, difference: float, *, adapter: bool) -> None:
-    folder, margins = place.here, None
-    if results is not None:
-        margins = tuple(np.load(folder / f"margins_{when}.npy") for when in ("before", "after"))
-        margins = margins if len(margins[0]) else None  # rows with one answer have none
-    report = write_report(
-        folder,
-        metrics=read_metrics(folder / "metrics.jsonl"),
-        margins=margins,
-        results=results,
-        gamma=None if setup.loss.reference else setup.hparams.get("gamma"),
-        about=describe(setup).splitlines(),
-    )
+    report = write_report(place.here, facts_of(setup, place))
     place.keep(last=True)
     if results is not None:
         say(f"\n{results['pairs']} held-out pairs\n{summary_text(results['before'], results['after'])}\n")
     say(f"model   {place.shown('hf')}  (reloaded; log-probs within {difference:.1g} of the trained model's)")
     if adapter:
         say(f"adapter {place.shown('adapter')}  (for PEFT)")
-    say(f"report  {place.shown(report.name)}")
+    say(f"report  {place.shown(report.name)}  (and report.md)")
     if setup.push_to is not None:
         run = setup.recipe.run
-        page = push_export(folder / "hf", setup.push_to, private=run.hub_private_repo, revision=run.hub_revision)
+        page = push_export(place.here / "hf", setup.push_to, private=run.hub_private_repo, revision=run.hub_revision)
         say(f"hub     {page}")

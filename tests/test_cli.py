@@ -7,6 +7,7 @@ import pytest
 import yaml
 from examples import ASSETS, ROOT, STORIES
 
+import repo_jax
 from repo_jax import cli
 from repo_jax.config import leaf_fields, load_recipe
 from repo_jax.losses import LOSSES, hyperparameters
@@ -213,7 +214,6 @@ def test_a_flag_like_no_other_is_answered(recipe, refusal):
 
 
 def test_what_is_missing_from_a_command_is_asked_for(recipe, refusal):
-    assert refusal().startswith("the following arguments are required: COMMAND (repo-jax --help ")
     assert refusal("train").startswith("the following arguments are required: config (")
     assert refusal("train", recipe, "--seed").startswith("argument --seed/--run.seed: expected one argument (")
     assert refusal("serve").startswith("argument COMMAND: invalid choice: 'serve' (choose from ")
@@ -386,6 +386,29 @@ def test_exporting_over_what_is_no_model_is_answered(refusal, tmp_path):
         f"output '{tmp_path}' exists and is not an export of repo-jax; name a new folder"
     )
     assert (tmp_path / "notes.txt").exists()
+
+
+@pytest.mark.parametrize(
+    "argv, said", [([], "usage: repo-jax"), (["--version"], f"repo-jax {repo_jax.__version__} (jax ")]
+)
+def test_without_a_command_there_is_help_and_there_is_a_version(capsys, argv, said):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(argv)
+    assert not ended.value.code and capsys.readouterr().out.startswith(said)
+
+
+def test_the_version_is_said_once_and_installed_as_it_is():
+    assert 'version = { attr = "repo_jax.__version__" }' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_ctrl_c_outside_updates_is_one_line_and_its_own_status(recipe, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "load_recipe", interrupted)
+    assert cli.main(["train", str(recipe)]) == 130
+    said = capsys.readouterr().err
+    assert said.startswith("repo-jax: interrupted; the same command starts again") and said.count("\n") == 1
 
 
 def test_a_fault_of_the_work_itself_keeps_its_traceback(recipe, monkeypatch):

@@ -14,7 +14,7 @@ from repo_jax.data.schema import SCHEMAS
 
 MODEL = "model: {model_name_or_path: some/model}\n"
 SECTION_NAMES = "model, data, loss, optim, mesh, run"
-RUN_FIELDS = "output_dir, seed, logging_steps, eval_steps, save_steps, profile_steps, compile_cache_dir, save_total_limit, push_to_hub, hub_model_id, hub_revision, hub_private_repo"
+RUN_FIELDS = "output_dir, seed, logging_steps, report_to, eval_steps, save_steps, profile_steps, compile_cache_dir, save_total_limit, push_to_hub, hub_model_id, hub_revision, hub_private_repo"
 
 
 @pytest.fixture
@@ -329,3 +329,20 @@ def test_a_tilde_is_the_home_folder_in_every_path(load, monkeypatch):
 @pytest.mark.parametrize("text", ["optim: {seed: 1}\noptim: {learning_rate: 1}\n", "run:\n  seed: 1\n  seed: 2\n"])
 def test_a_key_given_twice_is_a_mistake(refusal, text):
     assert "is given twice" in refusal(text)
+
+
+@pytest.mark.parametrize(
+    "given, found",
+    [("none", ()), (None, ()), ("wandb", ("wandb",)), ("tensorboard,wandb", ("tensorboard", "wandb")), (["trackio"], ("trackio",))],
+)  # fmt: skip
+def test_report_to_is_one_or_several_trackers_or_none(given, found):
+    recipe = load_recipe(None, {"model.model_name_or_path": "m", "run.report_to": given})
+    assert recipe.run.trackers == found
+
+
+@pytest.mark.parametrize("given", ["wanb", "tensorboard,none", ["wandb", "all"]])
+def test_a_tracker_that_does_not_exist_is_answered_with_those_that_do(given):
+    with pytest.raises(
+        ValueError, match=r"report_to='(wanb|none|all)'; choose one or several of tensorboard, wandb, trackio, or none$"
+    ):
+        load_recipe(None, {"model.model_name_or_path": "m", "run.report_to": given})

@@ -11,15 +11,15 @@ from examples import ROOT
 # Within a layer a file may import those named before it.
 LAYERS = [
     ["losses.types", "losses.parts", "losses.reference_free", "losses.with_reference", "losses.batch", "losses.unpaired", "losses.combine", "losses",
-     "losses.catalogue", "sharding", "hardware", "hlo", "topology", "urls", "models.config", "models.hub", "models.tensors", "data.sources", "data.schema", "data.special",
+     "losses.catalogue", "sharding", "hardware", "hlo", "topology", "urls", "terminal", "models.config", "models.hub", "models.tensors", "data.sources", "data.schema", "data.special",
      "data.template", "data.official", "data.weights", "data.chat", "data.store", "data.groups"],
     ["config", "card", "distributed", "models.attention", "models.blocked", "models.views", "models.splash", "models.triton", "models.flash", "models.hf",
      "data.rows", "data.batches"],
     ["models.decoder", "models.lora", "models.pretrained", "optimizer", "stores", "flops"],
     ["logps", "state", "metrics"],
     ["step", "checkpoint", "preparation", "memory", "programs", "generation", "rewards"],
-    ["reference", "evaluation", "inspection", "export", "folders", "report", "planning"],
-    ["run_folder", "progress"],
+    ["reference", "evaluation", "inspection", "export", "folders", "plots", "planning"],
+    ["run_folder", "progress", "report", "trackers"],
     ["training", "answers", "benchmark"],
     ["cli"],
     ["__main__", "__init__"],

@@ -1,12 +1,15 @@
 import dataclasses
 import json
+import re
 import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from examples import STORIES, TINY, one_device, random_pairs
 
+import repo_jax
 from repo_jax import progress
 from repo_jax.config import DataSection, ModelSection, OptimSection, RunSection, to_recipe
 from repo_jax.data.chat import TokenOptions, load_tokenizer
@@ -17,7 +20,7 @@ from repo_jax.evaluation import Evaluation
 from repo_jax.flops import useful_flops
 from repo_jax.hardware import Chip
 from repo_jax.losses import Loss, simpo
-from repo_jax.progress import Log, compiled, describe
+from repo_jax.progress import Log, banner, compiled, describe
 from repo_jax.run_folder import read_metrics
 
 
@@ -169,6 +172,69 @@ def test_what_compiles_late_is_said_and_what_compiles_outside_updates_is_not(tmp
     assert said == ["update 14 compiled 1 program in 0.5 s", "compiled 4 programs in 1.8 s"]
 
 
+def test_without_a_terminal_a_long_run_says_a_bounded_number_of_lines(tmp_path, capsys):
+    log = make_log(tmp_path / "m", total=400)
+    for step in range(1, 401):
+        log.update(step, metrics(1.0), [])
+        if step % 2 == 0:
+            log.evaluated(lambda: Evaluation({"loss": 0.5}, None, 0))
+    log.close()
+    said = [int(step) for step in re.findall(r"^update (\d+)/400 ", capsys.readouterr().out, re.MULTILINE)]
+    assert said[:5] == [1, 2, 3, 4, 5] and said[-1] == 400 and len(said) < 2 * Log.LINES + 10
+    assert len(read_metrics(tmp_path / "m")) == 400
+
+
+def test_a_line_has_what_people_look_at_and_the_mean_margin_is_in_nats(tmp_path, capsys):
+    log = make_log(tmp_path / "m", total=9)
+    values = metrics(0.25) | {
+        "logps/chosen": jnp.float32(-1.5),
+        "logps/rejected": jnp.float32(-2.0),
+        "rewards/margins": jnp.float32(9),
+    }
+    log.update(1, values, random_pairs(2, V=50))
+    log.evaluated(lambda: Evaluation({"loss": 0.75, "rewards/accuracies": 1.0}, None, 0))
+    log.close()
+    said = capsys.readouterr().out
+    assert re.match(
+        r"update 1/9  loss 0.25  margin 0.5  accuracy 0.5  active 1  pairs/s [\d.e+]+  held-out loss 0.75  held-out accuracy 1\n",
+        said,
+    )
+    assert "margin" not in read_metrics(tmp_path / "m")[0]
+
+
+def test_how_long_it_will_take_is_said_once_without_evaluations_and_compilation(tmp_path, clock, capsys):
+    log = make_log(tmp_path / "m", total=95)
+
+    def evaluate():
+        compile_(clock, 3.0)
+        clock.now += 100.0
+        return Evaluation({"loss": 0.5}, None, 0)
+
+    for step in range(1, 9):
+        log.before_update()
+        if step < 4:
+            compile_(clock, 60.0)
+        clock.now += 2.0
+        log.update(step, metrics(1.0), [])
+        if step == 4:
+            log.evaluated(evaluate)
+    log.close()
+    said = capsys.readouterr().out
+    assert re.findall(r"about .*", said) == ["about 3 min 0 s for the 90 updates that are left, 2 s each"]
+    assert re.findall(r"update (\d+)/95 .*  left (.*)", said)[:2] == [("3", "3 min 4 s"), ("4", "3 min 2 s")]
+
+
+def test_a_skipped_update_does_not_keep_the_time_from_being_told(tmp_path, clock, capsys):
+    log = make_log(tmp_path / "m", total=9)
+    for step in range(1, 8):
+        clock.now += 1.0
+        log.before_update()
+        log.update(step, metrics(float("nan") if step == 2 else 1.0), random_pairs(1, V=50))
+    clock.now += 1.0
+    log.close()
+    assert re.findall(r"about .*", capsys.readouterr().out) == ["about 3 s for the 3 updates that are left, 1 s each"]
+
+
 def test_there_are_no_lines_before_there_is_a_file(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
@@ -216,5 +282,14 @@ def test_a_run_is_described_with_what_became_of_every_row(tmp_path):
     assert describe(setup).splitlines()[1] == "compared with some/model as it is"
     setup.recipe = dataclasses.replace(setup.recipe, loss={"loss_type": ["dpo", "sft"], "loss_weights": [1, 0.1]})
     assert describe(setup).startswith("dpo + sft (beta 2, ")
+    mesh = types.SimpleNamespace(
+        devices=np.array(jax.devices()[:2]), local_devices=jax.devices()[:2], shape={"data": 1, "fsdp": 2}
+    )
+    whole = types.SimpleNamespace(**vars(setup) | {"mesh": mesh, "cfg": TINY})
+    first, *_, last = banner(whole, {"parameters": 2**20, "moments": 3 * 2**29}).splitlines()
+    assert first == f"repo_jax {repo_jax.__version__} on 2 x cpu"
+    assert re.fullmatch(
+        r"[\d,]+ parameters; held on each device: 1.5 GiB \(parameters 1.0 MiB, moments 1.5 GiB\)", last
+    )
     setup.held_out = None
     assert not any(line.startswith("held-out") for line in describe(setup).splitlines())

@@ -1,13 +1,17 @@
 """Whole runs of the real model on a few real pairs, through the command line."""
 
+import fcntl
 import json
 import os
 import pathlib
+import pty
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 import types
@@ -49,14 +53,15 @@ def recipe(tmp_path_factory):
     return path
 
 
-def command(recipe, output, *flags):
+def command(recipe, output, *flags, **streams):
     """A run as a user starts it: a process of its own, on one device."""
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     # Programs are compiled once for all runs.
     environment |= {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
     environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"} | SECRETS
     arguments = [sys.executable, "-m", "repo_jax", "train", str(recipe), "--output_dir", str(output), *flags]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    streams = streams or {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(arguments, text=True, env=environment, **streams)
 
 
 def finished(process) -> str:
@@ -78,8 +83,8 @@ def unbroken(recipe, tmp_path_factory):
 def test_a_run_leaves_everything_that_was_promised(unbroken):
     run, output = unbroken
     names = {path.name for path in run.iterdir()}
-    assert {"recipe.yaml", "metrics.jsonl", "eval_results.json", "report.md", "loss.png", "margins.png"} <= names
-    assert {"active_fraction.png", "hf", "checkpoint-12", "checkpoint-10"} <= names
+    assert {"recipe.yaml", "metrics.jsonl", "eval_results.json", "report.html", "report.md", "loss.png"} <= names
+    assert {"margins.png", "active_fraction.png", "hf", "checkpoint-12", "checkpoint-10"} <= names
     assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
             "chat_template.jinja", "README.md"} <= {path.name for path in (run / "hf").iterdir()}  # fmt: skip
     results = json.loads((run / "eval_results.json").read_text())
@@ -91,7 +96,7 @@ def test_a_run_leaves_everything_that_was_promised(unbroken):
     ):
         numbers = re.search(rf"{words}.*?(-?\d\.\d+)\s+(-?\d\.\d+)", output)
         assert [float(n) for n in numbers.groups()] == [round(results[when][name], 3) for when in ("before", "after")]
-    assert str(run / "hf") in output and str(run / "report.md") in output
+    assert str(run / "hf") in output and str(run / "report.html") in output
 
 
 def test_tokens_and_keys_stand_nowhere_in_what_a_run_writes_and_says(unbroken):
@@ -362,6 +367,34 @@ def test_a_run_that_is_told_to_stop_saves_says_how_to_go_on_and_does_so(recipe, 
         assert f"going on from {run}/checkpoint-{stopped}" in finished(command(recipe, run))
         ours, theirs = ((folder / "hf" / "model.safetensors").read_bytes() for folder in (run, unbroken[0]))
         assert ours == theirs
+
+
+@pytest.mark.slow
+def test_on_a_terminal_there_is_a_bar_and_ctrl_c_saves_and_says_how_to_go_on(recipe, tmp_path):
+    run, (ours, theirs) = tmp_path / "run", pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
+    # A session with that terminal as its own, so that its ^C reaches the run.
+    own = {"start_new_session": True, "preexec_fn": lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)}
+    process = command(recipe, run, **own | dict.fromkeys(("stdin", "stdout", "stderr"), theirs))
+    os.close(theirs)
+    seen = b""
+    while chunk := read_terminal(ours):
+        seen += chunk
+        if b"pairs/s=" in seen and b"once more stops" not in seen:
+            os.write(ours, b"\x03")
+    text = seen.decode()
+    assert process.wait() == 130 and "Traceback" not in text
+    assert re.search(r"training .*\d+/12 \[.*<.*, loss=.*, margin=.*, accuracy=.*, active=.*, pairs/s=.*\]", text)
+    assert text.startswith("\x1b[1mrepo_jax ") and "\x1b[31mrepo-jax:\x1b[0m interrupted; " in text
+    stopped = int(re.search(r"checkpoint-(\d+) of 12 is saved, and the same command goes on from there", text)[1])
+    assert 0 < stopped < STEPS and (run / f"checkpoint-{stopped}").is_dir()
+
+
+def read_terminal(number) -> bytes:
+    try:
+        return os.read(number, 4096)
+    except OSError:  # the other side is closed
+        return b""
 
 
 def test_sigterm_before_the_first_update_wants_the_same_command_again_too(recipe, tmp_path):
