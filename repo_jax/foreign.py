@@ -96,10 +96,6 @@ def _of_2024(trainer: Trainer) -> Trainer:
     return trainer._replace(title=title, defaults=trainer.defaults | lengths | optim, official=official)
 
 
-class UnknownTrainerError(ValueError):
-    """The keys do not say which trainer a recipe was written for."""
-
-
 def is_foreign(tree: Mapping[str, Any], sections) -> bool:
     """Whether a YAML file is flat, and speaks of what trainers are told."""
     return not any(isinstance(tree.get(name), dict) for name in sections) and any(name in KNOWN for name in tree)
@@ -130,7 +126,11 @@ def translate(
     _check_names(sheet, name)
     _model(sheet)
     _data(sheet)
-    found.loss(sheet)
+    if "loss.loss_type" in overrides:
+        for key in LOSS_KEYS & given.keys():
+            sheet.told[key] = "is not looked at, for --loss_type says otherwise"
+    else:
+        found.loss(sheet)
     _optim(sheet, num_processes)
     _run(sheet)
     for key in [key for key in given if key not in sheet.told]:
@@ -157,7 +157,7 @@ def _trainer_of(given: Mapping[str, Any], text: str) -> str:
     headings = {match.lower() for match in re.findall(r"^#\s*(\w+?) ?[Tt]rainer ", text, re.MULTILINE)}
     if len(named := [name for name in TRAINERS if name in headings]) == 1:
         return named[0]
-    raise UnknownTrainerError(
+    raise ValueError(
         f"this recipe has no sections, and its keys do not say which trainer it was written for; add --trainer with one of {', '.join(TRAINERS)}"
     )
 
@@ -192,9 +192,8 @@ class _Sheet:
     errors: list[str] = dataclasses.field(default_factory=list)
 
     def get(self, key: str) -> Any:
-        """A key's value, or what the trainer takes where none is given. A given null is its default too where that is no null."""
-        value = self.given.get(key)
-        return self.trainer.defaults.get(key) if value is None else value
+        """A key's value, or what the trainer takes where the key is left out."""
+        return self.given[key] if key in self.given else self.trainer.defaults.get(key)
 
     def put(self, key: str, target: str, value: Any, why: str = "") -> None:
         """What the key becomes; `why` where that surprises."""
@@ -213,7 +212,7 @@ class _Sheet:
         """One line on why not; unless `instead`, a leaf of ours, is what the user says anyway."""
         if instead in self.overrides:
             self.told[key] = f"is not looked at, for --{instead.split('.')[1]} says otherwise"
-        elif key not in self.told:
+        elif self.told.get(key) != "":  # refused already
             self.told[key] = ""
             self.errors.append(f"{_shown(key, self.get(key))}: {line}")
 
@@ -226,15 +225,25 @@ class _Sheet:
             harmless, line = ONLY[key]
             return self.say(key, "it is so here") if value in harmless else self.refuse(key, line)
         return self.say(
-            key, UNNEEDED.get(key) or next(line for start, line in FAMILIES.items() if key.startswith(start))
+            key,
+            UNNEEDED.get(key)
+            or next((line for start, line in FAMILIES.items() if key.startswith(start)), "nothing here reads it"),
         )
 
-    def whole(self, key: str, least: int = 1) -> int:
+    def number(self, key: str, least: float = -math.inf, instead: str | None = None) -> float:
+        """A number that something is computed from; where it is none, `least` or 1 stands in for it."""
+        value = self.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
+            self.refuse(key, "give a number" + ("" if least == -math.inf else f", {least:g} or more"), instead)
+            return max(least, 1)
+        return value
+
+    def whole(self, key: str) -> int:
         """A number of things."""
         value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            self.refuse(key, f"give a whole number, {least} or more")
-            return least
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            self.refuse(key, "give a whole number, 1 or more")
+            return 1
         return value
 
 
@@ -416,8 +425,13 @@ def _mixture(sheet: _Sheet) -> None:
 def _lengths(sheet: _Sheet) -> None:
     given = sheet.given
     length = "max_seq_length" if given.get("max_seq_length") is not None else "max_length"
-    sheet.put(length, "data.max_length", sheet.get(length))
-    prompt = sheet.get("max_prompt_length")
+    most, prompt = sheet.get(length), sheet.get("max_prompt_length")
+    if sheet.trainer.official:  # where null is what is left out
+        most = sheet.trainer.defaults["max_length"] if most is None else most
+        prompt = sheet.trainer.defaults["max_prompt_length"] if prompt is None else prompt
+    sheet.put(length, "data.max_length", most)
+    if length == "max_seq_length" and "max_length" in given:
+        sheet.say("max_length", "max_seq_length goes before it")
     if prompt is not None:
         sheet.put("max_prompt_length", "data.max_prompt_length", prompt)
     mode = given.get("truncation_mode", "keep_end" if sheet.trainer.official else "keep_start")
@@ -476,8 +490,9 @@ def _set(sheet: _Sheet, target: str, value: Any, why: str) -> None:
 def _dpo(sheet: _Sheet) -> None:
     given = sheet.get("loss_type")
     names = given if isinstance(given, list) else [given]
-    weights, smoothing = sheet.given.get("loss_weights"), sheet.get("label_smoothing")
-    smoothed = smoothing and any(name in ("sigmoid", "robust", "exo_pair", "aot", "aot_unpaired") for name in names)
+    weights, smoothing = sheet.given.get("loss_weights"), sheet.number("label_smoothing")
+    smoothed = any(name in ("robust", "exo_pair", "aot", "aot_pair", "aot_unpaired") for name in names)
+    smoothed |= bool(smoothing) and "sigmoid" in names
     if unknown := [name for name in names if name not in DPO_LOSSES]:
         close = difflib.get_close_matches(str(unknown[0]), DPO_LOSSES, n=1)
         return sheet.refuse(
@@ -513,9 +528,9 @@ def _dpo(sheet: _Sheet) -> None:
 
 
 def _cpo(sheet: _Sheet) -> None:
-    name, beta = sheet.get("loss_type"), sheet.get("beta")
+    name, beta = sheet.get("loss_type"), sheet.number("beta", LEAST_BETA)
     gamma, weight, alpha, smoothing = (
-        sheet.get(key) for key in ("simpo_gamma", "cpo_alpha", "alpha", "label_smoothing")
+        sheet.number(key) for key in ("simpo_gamma", "cpo_alpha", "alpha", "label_smoothing")
     )
     if name == "alphapo":
         name, weight = "simpo", 0.0
@@ -585,7 +600,7 @@ def _sft(sheet: _Sheet) -> None:
 
 
 def _simpo(sheet: _Sheet) -> None:
-    name, beta = sheet.get("loss_type"), sheet.get("beta")
+    name, beta = sheet.get("loss_type"), sheet.number("beta", LEAST_BETA)
     if name not in ("sigmoid", "hinge", "repo"):
         return sheet.refuse("loss_type", "choose sigmoid, hinge or repo", "loss.loss_type")
     if sheet.given.get("trainer_type", "simpo") != "simpo":
@@ -596,9 +611,9 @@ def _simpo(sheet: _Sheet) -> None:
     else:
         sheet.put("beta", "loss.beta", beta)
     if sheet.given.get("gamma") is None:
-        sheet.put("gamma_beta_ratio", "loss.gamma", sheet.get("gamma_beta_ratio"))
+        sheet.put("gamma_beta_ratio", "loss.gamma", sheet.number("gamma_beta_ratio"))
     elif sheet.given.get("gamma_beta_ratio") is None:
-        sheet.put("gamma", "loss.gamma", sheet.given["gamma"] / beta, "per token: gamma / beta, as before July 2024")
+        sheet.put("gamma", "loss.gamma", sheet.number("gamma") / beta, "per token: gamma / beta, as before July 2024")
     else:
         sheet.refuse("gamma", "gamma_beta_ratio says it, too; leave one out", "loss.gamma")
     if (weight := sheet.get("sft_weight")) or "sft_weight" in sheet.given:
@@ -671,9 +686,8 @@ def _batch(sheet: _Sheet, num_processes: int | Callable[[], int]) -> None:
 
 
 def _warmup(sheet: _Sheet, total: int, warmup: bool) -> None:
-    steps, key = sheet.get("warmup_steps"), "warmup_steps"
-    if not steps:
-        steps, key = sheet.get("warmup_ratio"), "warmup_ratio"
+    key = "warmup_steps" if sheet.get("warmup_steps") else "warmup_ratio"
+    steps = 0 if sheet.get(key) is None else sheet.number(key, 0, "optim.warmup_ratio")
     if "warmup_steps" in sheet.given and key != "warmup_steps":
         sheet.say("warmup_steps", "0 leaves it to warmup_ratio")
     if "warmup_ratio" in sheet.given and key != "warmup_ratio":
@@ -682,7 +696,7 @@ def _warmup(sheet: _Sheet, total: int, warmup: bool) -> None:
         sheet.put(key, "optim.warmup_ratio", 0.0, "lr_scheduler_type constant has none; constant_with_warmup has")
     elif steps < 1:
         sheet.put(key, "optim.warmup_ratio", float(steps))
-    elif total != -1:
+    elif isinstance(total, int) and total >= steps:
         # So that its share of the updates, rounded up, is that number again.
         sheet.put(key, "optim.warmup_ratio", (steps - 0.5) / total)
     else:
@@ -741,6 +755,7 @@ def _cadence(sheet: _Sheet, key: str, target: str, strategy: str) -> None:
         sheet.put(key, target, value)
 
 
+LEAST_BETA = 1e-9
 CADENCE = "a run is evaluated before and after training, and keeps a checkpoint at its end, besides what run.eval_steps and save_steps say"
 HUB = {
     "hub_model_id": "hub_model_id",
@@ -781,6 +796,20 @@ DPO_LOSSES = {
     "sft": "sft",
 }
 
+LOSS_KEYS = {
+    *(
+        "loss_type",
+        "loss_weights",
+        "beta",
+        "gamma",
+        "gamma_beta_ratio",
+        "simpo_gamma",
+        "cpo_alpha",
+        "alpha",
+        "rpo_alpha",
+    ),
+    *("label_smoothing", "sft_weight", "discopop_tau", "use_weighting", "desirable_weight", "undesirable_weight"),
+}
 DPO_KEYS = (
     *("loss_weights", "discopop_tau", "rpo_alpha", "use_weighting", "ld_alpha", "f_divergence_type", "reference_free"),
     *("f_alpha_divergence_coef", "truncation_mode", "label_smoothing", "precompute_ref_log_probs", "pad_token"),
@@ -796,7 +825,7 @@ KTO_KEYS = (
 )
 SFT_KEYS = (
     *("max_seq_length", "packing", "packing_strategy", "dataset_text_field", "dataset_kwargs", "completion_only_loss"),
-    *("assistant_only_loss", "eval_packing", "shuffle_dataset", "neftune_noise_alpha", "chat_template_path"),
+    *("assistant_only_loss", "eval_packing", "shuffle_dataset", "chat_template_path"),
     *("loss_type", "truncation_mode", "eos_token", "pad_token", "padding_free", "activation_offloading"),
 )
 SIMPO_KEYS = (

@@ -218,7 +218,7 @@ def test_label_confidence_keeps_the_state_of_the_loss_inside():
 
 
 def test_reward_scale_multiplies_what_is_logged_and_changes_no_value():
-    loss, hparams = make_loss("repo", gamma=0.3, reward_scale=2.5)
+    hparams = make_loss("repo", gamma=0.3, reward_scale=2.5)[1]
     assert hparams == {"gamma": 0.3, "reward_scale": 2.5}
     np.testing.assert_array_equal(made("repo", gamma=0.3, reward_scale=2.5), made("repo", gamma=0.3))
     pairs = GIVEN.pairs()
