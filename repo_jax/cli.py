@@ -24,7 +24,7 @@ from repo_jax.config import (
     to_recipe,
 )
 from repo_jax.data.schema import DamagedStoreError
-from repo_jax.foreign import TRAINERS
+from repo_jax.trainers import TRAINERS
 
 # What `generate` takes besides a recipe: answers.prepare has them under the same names, and their defaults.
 OWN = "default: the model's generation_config.json, else"

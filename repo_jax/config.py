@@ -299,6 +299,9 @@ class Recipe:
     run: RunSection = RunSection()
 
 
+_RECIPE = pydantic.TypeAdapter(Recipe)
+
+
 class StoppedError(RuntimeError):
     """What ended work that had begun, in a message that says what to do; nothing finished is lost."""
 
@@ -440,7 +443,7 @@ def to_recipe(tree: dict[str, Any]) -> Recipe:
     if "model" not in sections:
         sections["model"] = {}
     try:
-        return pydantic.TypeAdapter(Recipe).validate_python(sections)
+        return _RECIPE.validate_python(sections)
     except pydantic.ValidationError as errors:
         found = errors.errors()
         if any(error["type"] == "unexpected_keyword_argument" for error in found):

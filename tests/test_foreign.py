@@ -12,7 +12,7 @@ import yaml
 from examples import ROOT
 from test_configs import TALK, rendered
 
-from repo_jax import cli, foreign
+from repo_jax import cli, foreign, trainers
 from repo_jax.config import SECTIONS, leaf_fields, load_recipe, read_file, read_tree
 from repo_jax.losses import LOSSES, OPTIONS, hyperparameters, make_loss
 
@@ -148,13 +148,13 @@ def test_all_that_keys_become_is_ours():
     homes |= {f"loss.{name}" for name in (*OPTIONS, "loss_type")}
     named = set(re.findall(r'"((?:model|data|loss|optim|run)\.[a-z_]+)"', text))
     assert named and named <= homes
-    assert set(foreign.DPO_LOSSES.values()) <= set(LOSSES)
+    assert set(trainers.DPO_LOSSES.values()) <= set(LOSSES)
 
 
 def test_a_key_that_is_one_trainers_alone_tells_it():
-    for name, trainer in foreign.TRAINERS.items():
+    for name, trainer in trainers.TRAINERS.items():
         assert set(trainer.telling) <= set(trainer.own) or name in ("repo", "simpo")
-        others = [other for other in foreign.TRAINERS.values() if other.own != trainer.own]
+        others = [other for other in trainers.TRAINERS.values() if other.own != trainer.own]
         assert not set(trainer.telling) & {key for other in others for key in other.own}
         assert not set(trainer.losses) & {loss for other in others for loss in other.losses}
 
@@ -182,7 +182,7 @@ TELL = {
 def test_the_trainer_is_known_by_its_keys_or_by_the_heading_above_them(write, text):
     told = []
     load(write(text), tell=told.append)
-    assert f"is a recipe for {foreign.TRAINERS[TELL[text]].title}, translated:" in told[0]
+    assert f"is a recipe for {trainers.TRAINERS[TELL[text]].title}, translated:" in told[0]
 
 
 def test_keys_that_all_have_are_asked_about(refusal, write):
@@ -376,15 +376,15 @@ MISTAKES = {
     ("dpo", "per_device_train_batch_size: auto"): "per_device_train_batch_size: auto: give a whole number, 1 or more",
     ("dpo", "gradient_accumulation_steps: 0"): "gradient_accumulation_steps: 0: give a whole number, 1 or more",
     # optimizer and schedule
-    ("dpo", "optim: adamw_bnb_8bit"): f"optim: adamw_bnb_8bit: choose one of {', '.join(foreign.OPTIMIZERS)}, or say --optim adamw (--moment_dtype bfloat16 saves memory)",
-    ("dpo", "dataset_mixer: {a: 1}"): f"optim: rmsprop: choose one of {', '.join(foreign.OPTIMIZERS)}, or say --optim adamw (--moment_dtype bfloat16 saves memory)",
+    ("dpo", "optim: adamw_bnb_8bit"): f"optim: adamw_bnb_8bit: choose one of {', '.join(trainers.OPTIMIZERS)}, or say --optim adamw (--moment_dtype bfloat16 saves memory)",
+    ("dpo", "dataset_mixer: {a: 1}"): f"optim: rmsprop: choose one of {', '.join(trainers.OPTIMIZERS)}, or say --optim adamw (--moment_dtype bfloat16 saves memory)",
     ("dpo", "lr_scheduler_type: polynomial"): "lr_scheduler_type: polynomial: choose one of linear, cosine, constant, constant_with_warmup, or say --lr_scheduler_type",
     ("dpo", "warmup_steps: 100"): "warmup_steps: 100: a number of updates, of as many as the data make; give a share of them, --warmup_ratio",
     ("dpo", "warmup_ratio: much"): "warmup_ratio: much: give a number, 0 or more",
     ("dpo", "data_seed: 1"): "data_seed: 1: seed decides the order of the data here; leave it out",
     ("dpo", "learning_rate: fast"): "recipe.optim.learning_rate='fast'; wanted a valid number, unable to parse string as a number",
     # losses
-    ("dpo", "loss_type: sigmod"): f"loss_type: sigmod: choose of {', '.join(foreign.DPO_LOSSES)}; did you mean 'sigmoid'?",
+    ("dpo", "loss_type: sigmod"): f"loss_type: sigmod: choose of {', '.join(trainers.DPO_LOSSES)}; did you mean 'sigmoid'?",
     ("dpo", "label_smoothing: some"): "label_smoothing: some: give a number",
     ("cpo", "loss_type: hinge"): "loss_type: hinge: CPO's are taken over as sigmoid, simpo and alphapo; slic is the nearest",
     ("cpo", "alpha: 0.25\nloss_type: simpo"): "alpha: 0.25: AlphaPO is taken over with loss_type simpo, cpo_alpha 0 and label_smoothing 0",
@@ -422,10 +422,10 @@ def test_a_key_that_cannot_be_had_is_answered_in_one_line(refusal, trainer, text
     assert refusal(text, trainer=trainer) == MISTAKES[trainer, text]
 
 
-@pytest.mark.parametrize("key", foreign.ONLY)
+@pytest.mark.parametrize("key", trainers.ONLY)
 def test_a_key_with_values_that_ask_for_nothing_refuses_any_other(refusal, key):
-    line = foreign.ONLY[key][1]
-    owners = [name for name, trainer in foreign.TRAINERS.items() if key in trainer.own]
+    line = trainers.ONLY[key][1]
+    owners = [name for name, trainer in trainers.TRAINERS.items() if key in trainer.own]
     trainer = owners[0] if owners else "dpo"
     said = refusal(f"{key}: other", trainer=trainer)
     assert said == f"{key}: other: {line}"

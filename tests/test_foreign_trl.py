@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from repo_jax import foreign
+from repo_jax import foreign, trainers
 
 NEEDED = "is not installed; requirements-test.txt names it, for Python 3.11"
 pytest.importorskip("torch", reason=f"torch {NEEDED}")
@@ -36,14 +36,14 @@ def alike(theirs, ours) -> bool:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_a_recipe_leaves_out_is_trls_own(name):
-    theirs, ours = defaults(*SCRIPT, CONFIGS[name]), foreign.TRAINERS[name].defaults
+    theirs, ours = defaults(*SCRIPT, CONFIGS[name]), trainers.TRAINERS[name].defaults
     assert set(ours) - set(theirs) <= OLD
     assert {key: theirs[key] for key in ours if key in theirs and not alike(theirs[key], ours[key])} == {}
 
 
 def test_what_transformers_leaves_out_is_its_own():
     theirs = defaults(TrainingArguments)
-    ours = {key: value for key, value in foreign.HUGGING_FACE.items() if key in theirs}
+    ours = {key: value for key, value in trainers.HUGGING_FACE.items() if key in theirs}
     # The name of AdamW changed meanwhile; both are ours.
     assert {key for key in ours if theirs[key] != ours[key]} == {"optim"}
     assert len(ours) >= 16
@@ -63,7 +63,7 @@ def test_a_recipe_that_says_all_defaults_is_accepted_and_each_key_has_its_reason
 
 def test_the_losses_of_dpo_are_all_known():
     docs = DPOConfig.__doc__ + "".join(field.metadata.get("help", "") for field in dataclasses.fields(DPOConfig))
-    names = {name for name in foreign.DPO_LOSSES if name != "aot_pair"}  # that name is of 2024
+    names = {name for name in trainers.DPO_LOSSES if name != "aot_pair"}  # that name is of 2024
     assert {
         name for name in names if f"`{name}`" not in docs and f"'{name}'" not in docs and f'"{name}"' not in docs
     } == set()
