@@ -114,3 +114,38 @@ def test_an_answer_can_stand_by_itself():
 def test_the_template_of_translated_mistral_recipes_is_that_of_ours():
     for name in ("mistral-7b-instruct-repo", "mistral-7b-instruct-simpo"):
         assert load_recipe(ROOT / "configs" / f"{name}.yaml").model.chat_template == MISTRAL_TEMPLATE
+
+
+# configs/README.md
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    first, *rest = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([first, "| " + " | ".join(["---"] * len(rows[0])) + " |", *rest])
+
+
+def part(name: str) -> str:
+    """What stands between two marks of configs/README.md."""
+    text = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
+    return text.split(f"<!-- {name} -->\n")[1].split(f"\n<!-- end of {name} -->")[0]
+
+
+def recipe_rows() -> list[tuple[str, ...]]:
+    rows = [("recipe", "model", "data", "objective", "learning rate", "machine")]
+    for path in CONFIGS:
+        recipe, text = load_recipe(path), path.read_text(encoding="utf-8")
+        names = [
+            f"{name} {value:g}" for name, value in recipe.loss.items() if name not in ("loss_type", "reward_scale")
+        ]
+        machine = re.search(r"^# Machine: (.*?); everything in", text, re.MULTILINE)
+        objective = " ".join([recipe.loss["loss_type"], ", ".join(names)]).strip() + ", LoRA" * recipe.model.use_peft
+        rate = f"{recipe.optim.learning_rate:g}"
+        there = re.sub(r" \([^)]*\)", "", machine[1]) if machine else "a CPU"
+        rows.append(
+            (f"`{path.stem}`", recipe.model.model_name_or_path, recipe.data.dataset_name, objective, rate, there)
+        )
+    return rows
+
+
+def test_the_table_of_recipes_is_of_these_recipes():
+    assert part("recipes") == table(recipe_rows())

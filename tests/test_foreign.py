@@ -6,11 +6,12 @@ The files in foreign/ are named after the recipes they stand for, key by key; th
 import dataclasses
 import math
 import re
+import typing
 
 import pytest
 import yaml
 from examples import ROOT
-from test_configs import TALK, rendered
+from test_configs import TALK, part, rendered, table
 
 from repo_jax import cli, foreign, trainers
 from repo_jax.config import SECTIONS, leaf_fields, load_recipe, read_file, read_tree
@@ -554,3 +555,68 @@ def test_bench_and_plan_and_inspect_take_a_foreign_recipe(monkeypatch):
     # inspect opens no devices; a plan is for those of its topology.
     assert [one.optim.train_batch_size for one in (bench, looked, planned, other)] == [128, 32, 512, 128]
     assert command == f"train {source} --num_processes 4"
+
+
+# configs/README.md: what flags of TRL's are here
+
+SAMPLES = {
+    "dpo": {
+        "model_name_or_path": "m", "model_revision": "abc", "use_peft": True, "lora_r": 8, "gradient_checkpointing": False, "dataset_name": "d",
+        "dataset_config": "c", "dataset_train_split": "a", "dataset_test_split": "b", "datasets": [{"path": "d"}], "max_length": 512, "truncation_mode": "keep_start",
+        "loss_type": "ipo", "loss_weights": [1.0, 2.0], "beta": 0.2, "label_smoothing": 0.1, "rpo_alpha": 1.0, "use_weighting": True, "ld_alpha": 0.5,
+        "discopop_tau": 0.1, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_train_epochs": 1, "max_steps": 10, "learning_rate": 1e-5,
+        "lr_scheduler_type": "cosine", "warmup_ratio": 0.1, "warmup_steps": 0.1, "optim": "lion_32bit", "weight_decay": 0.1, "adam_beta1": 0.8, "adam_beta2": 0.9,
+        "adam_epsilon": 1e-6, "max_grad_norm": 0.5, "seed": 1, "output_dir": "o", "logging_steps": 1, "eval_steps": 1, "save_steps": 1, "save_total_limit": 1,
+        "push_to_hub": True, "hub_model_id": "a/b", "hub_revision": "r", "hub_private_repo": True,
+    },
+    "kto": {"desirable_weight": 2.0, "undesirable_weight": 2.0},
+    "cpo": {"simpo_gamma": 1.0, "cpo_alpha": 0.5, "alpha": 0.25},
+    "simpo": {"gamma_beta_ratio": 0.4, "gamma": 0.4, "sft_weight": 0.1, "max_prompt_length": 64},
+    "sft": {"max_seq_length": 512, "eos_token": "e", "chat_template_path": "c.jinja"},
+}  # fmt: skip
+# What else must be said for a key to be read.
+BESIDE = {
+    "lora_r": {"use_peft": True}, "loss_weights": {"loss_type": ["sigmoid", "sft"]}, "discopop_tau": {"loss_type": "discopop"}, "dataset_config": {"dataset_name": "d"},
+    "eval_steps": {"eval_strategy": "steps"}, "dataset_test_split": {"dataset_name": "d", "eval_strategy": "steps"}, "dataset_train_split": {"dataset_name": "d"},
+    "hub_model_id": {"push_to_hub": True}, "hub_revision": {"push_to_hub": True}, "hub_private_repo": {"push_to_hub": True},
+    "simpo_gamma": {"loss_type": "simpo"}, "alpha": {"loss_type": "alphapo"},
+}  # fmt: skip
+
+
+def flag_rows() -> list[tuple[str, ...]]:
+    rows = [("theirs", "of", "here")]
+    for trainer, samples in SAMPLES.items():
+        for key, value in samples.items():
+            beside = BESIDE.get(key, {})
+            given = {"model_name_or_path": "m"} | beside | {key: value}
+            found = foreign.translate(given, overrides={}, num_processes=1, trainer=trainer)
+            line = next(line for line in found.lines if line.startswith(f"{key}: ") and ", by default, " not in line)
+            targets = re.findall(r"(?:model|data|loss|optim|run)\.([a-z_0-9]+)", line.split(" -> ")[1])
+            owners = trainers.TRAINERS[trainer].title if key in trainers.TRAINERS[trainer].own else "all"
+            rows.append((f"`{key}`", owners, ", ".join(f"`{name}`" for name in dict.fromkeys(targets))))
+    return rows
+
+
+def test_the_table_of_flags_is_what_becomes_of_them():
+    assert part("flags") == table(flag_rows())
+
+
+def test_the_table_of_metrics_has_names_that_are_logged():
+    from loss_pairs import random_pairs
+
+    from repo_jax.metrics import preference_metrics
+
+    ours = {name for row in part("metrics").splitlines()[2:] for name in re.findall(r"`([^`]+)`", row.split("|")[2])}
+    source = (ROOT / "repo_jax" / "progress.py").read_text(encoding="utf-8") + (
+        ROOT / "repo_jax" / "step.py"
+    ).read_text(encoding="utf-8")
+    pairs = random_pairs(0, n=2).pairs()
+    logged = set(preference_metrics(pairs, pairs, {}))
+    assert {name for name in ours - logged if f'"{name}"' not in source} == set()
+    assert logged <= ours
+
+
+def test_the_table_of_data_has_every_schema():
+    rows = part("data").splitlines()[2:]
+    schemas = set(typing.get_args(leaf_fields()["schema"][1].type)) - {"auto"}
+    assert schemas <= {row.split("`")[1] for row in rows}
