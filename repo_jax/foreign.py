@@ -325,9 +325,9 @@ def _mixer(sheet: _Sheet) -> None:
     sheet.told[key] = (
         f"-> data.dataset_train_split {'+'.join(train)}, data.dataset_test_split {'+'.join(test) or 'null'}"
     )
-    configs = sheet.given.get("dataset_configs")
-    if configs:
-        if len(set(configs)) > 1:
+    if configs := sheet.given.get("dataset_configs"):
+        configs = configs if isinstance(configs, list) else [configs]
+        if len(set(map(str, configs))) > 1:
             sheet.refuse("dataset_configs", "data sets of one mixture have one configuration here")
         else:
             sheet.put("dataset_configs", "data.dataset_config", configs[0])
@@ -341,13 +341,21 @@ def _mixture(sheet: _Sheet) -> None:
     entries = whole.get("datasets") if isinstance(whole, dict) else None
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         return sheet.refuse(key, "give a list of data sets, each with its id or path", "data.dataset_name")
-    extra = [name for entry in entries for name in ("revision", "data_dir", "data_files") if entry.get(name)]
-    if extra:
-        return sheet.refuse(key, f"{extra[0]} of a data set is not read; give --dataset_name", "data.dataset_name")
+    of_one = ("id", "path", "config", "name", "split", "columns", "weight", "fraction")
+    other = [name for entry in entries for name in entry if name not in of_one and entry[name] is not None]
+    other += [name for name in whole if name not in ("datasets", "seed", "test_split_size")]
+    if other:
+        return sheet.refuse(
+            key, f"'{other[0]}' in it is not read; leave it out, or give --dataset_name", "data.dataset_name"
+        )
     names = [entry.get("id", entry.get("path")) for entry in entries]
     configs = {entry.get("config", entry.get("name")) for entry in entries}
     splits = [entry.get("split", "train") for entry in entries]
     shares = [entry.get("weight", entry.get("fraction")) for entry in entries]
+    held = sheet.given.get("test_split_size") if key == "datasets" else whole.get("test_split_size")
+    numbers = [number for number in (*shares, held) if number is not None]
+    if not all(isinstance(name, str) for name in names) or not all(map(_above_zero, numbers)):
+        return sheet.refuse(key, "each data set has an id or path, and shares and sizes are numbers above 0")
     if any(entry.get("fraction") is not None for entry in entries) and len(entries) > 1:
         return sheet.refuse(
             key,
@@ -361,7 +369,6 @@ def _mixture(sheet: _Sheet) -> None:
             "data sets of one mixture have one split and one configuration here; give --dataset_name",
             "data.dataset_name",
         )
-    held = sheet.given.get("test_split_size") if key == "datasets" else whole.get("test_split_size")
     if len(set(names)) == 1:
         terms = [
             split if share == 1 else f"{split}[:{share * 100:g}%]" for split, share in zip(splits, shares, strict=True)
@@ -390,6 +397,10 @@ def _mixture(sheet: _Sheet) -> None:
     if "test_split_size" in sheet.given:
         sheet.told["test_split_size"] = f"-> data.dataset_test_split {test}"
     return None
+
+
+def _above_zero(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 def _lengths(sheet: _Sheet) -> None:
@@ -435,15 +446,14 @@ def _lengths(sheet: _Sheet) -> None:
             "data.truncation",
         )
     else:
-        key = "truncation_mode" if "truncation_mode" in given else length
         _set(
             sheet,
             "data.truncation",
             "keep_start",
             "answers are cut at max_length; a prompt that fills it drops the pair",
         )
-        if key == "truncation_mode":
-            sheet.told[key] = "-> data.truncation"
+        if "truncation_mode" in given:
+            sheet.told["truncation_mode"] = "-> data.truncation"
 
 
 def _set(sheet: _Sheet, target: str, value: Any, why: str) -> None:
@@ -475,6 +485,8 @@ def _dpo(sheet: _Sheet) -> None:
     sheet.put("loss_type", "loss.loss_type", ours[0] if len(ours) == 1 else ours)
     if weights is not None and len(ours) > 1:
         sheet.put("loss_weights", "loss.loss_weights", weights)
+    elif weights not in (None, [1]):
+        sheet.refuse("loss_weights", "there is one loss; leave it out", "loss.loss_weights")
     elif weights is not None:
         sheet.say("loss_weights", "there is one loss")
     if names != ["sft"]:
