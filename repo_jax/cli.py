@@ -1,4 +1,4 @@
-"""The commands: repo-jax train | evaluate | generate | inspect | prepare | export | bench | plan | losses."""
+"""The commands: repo-jax train | evaluate | generate | inspect | prepare | export | bench | plan | translate | losses."""
 
 import argparse
 import contextlib
@@ -12,10 +12,23 @@ import platform
 import re
 import sys
 
+import yaml
+
 import repo_jax
-from repo_jax.config import SECTIONS, StoppedError, leaf_fields, load_recipe, read_yaml, takes_text
+from repo_jax.config import (
+    SECTIONS,
+    StoppedError,
+    is_foreign,
+    leaf_fields,
+    load_recipe,
+    read_tree,
+    read_yaml,
+    takes_text,
+    to_recipe,
+)
 from repo_jax.data.schema import DamagedStoreError
 from repo_jax.terminal import colorful, paint
+from repo_jax.trainers import TRAINERS
 
 # What `generate` takes besides a recipe: answers.prepare has them under the same names, and their defaults.
 OWN = "default: the model's generation_config.json, else"
@@ -41,8 +54,28 @@ NOT_FOR_PROMPTS = {
 # Of a run of several processes; the same as the environment's JAX_COORDINATOR_ADDRESS and so on.
 PROCESS_FLAGS = {
     "coordinator_address": ("HOST:PORT", "where process 0 listens, where JAX does not find it by itself (TPU, Slurm)"),
-    "num_processes": ("N", "how many processes there are"),
+    "num_processes": (
+        "N",
+        "how many processes there are; with another trainer's recipe and neither of the other two: how many devices that trainer was started on, as accelerate's flag (default: as many as are here)",
+    ),
     "process_id": ("K", "which of them this is, from 0"),
+}
+
+
+def device_count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of devices; give 1 or more")
+    return int(text)
+
+
+# Of recipes for other trainers (foreign.py).
+TRAINER_FLAGS = {
+    "trainer": (str, list(TRAINERS), f"which one it was written for, where its keys do not say: {', '.join(TRAINERS)}"),
+    "num_processes": (
+        device_count,
+        None,
+        "how many devices it was started on, as accelerate's flag, for it says what each of them takes",
+    ),
 }
 
 
@@ -87,24 +120,50 @@ def checked(function, *args, **kwargs):
 
 
 def train_command(arguments, overrides) -> int:
-    recipe = checked(load_recipe, arguments.config, overrides)
-    for name in PROCESS_FLAGS:
-        if (value := getattr(arguments, name)) is not None:
-            os.environ[f"JAX_{name.upper()}"] = value
+    given = {name: getattr(arguments, name) for name in PROCESS_FLAGS if getattr(arguments, name) is not None}
+    count, told = devices_joined, []
+    if given.keys() == {"num_processes"} and checked(is_foreign, arguments.config):
+        try:
+            count = device_count(given.pop("num_processes"))
+        except argparse.ArgumentTypeError as error:
+            raise UsageError(f"argument --num_processes: {error}") from None
+    # Before the recipe, for which devices may be counted.
+    os.environ |= {f"JAX_{name.upper()}": value for name, value in given.items()}
+    whose = {"trainer": arguments.trainer, "num_processes": count, "tell": told.append}
+    recipe = checked(load_recipe, arguments.config, overrides, **whose)
     import jax
 
     from repo_jax.distributed import join, stopping_at_once, together
     from repo_jax.training import prepare, run
 
     checked(join)
+    if jax.process_index() == 0:
+        for text in told:
+            print(text, file=sys.stderr, flush=True)
     alone = jax.process_count() == 1  # several processes leave SIGTERM to JAX's service
     with together(), stopping_at_once() if alone else contextlib.nullcontext():
         run(checked(prepare, recipe))
     return 0
 
 
+def devices_joined() -> int:
+    """How many devices this run has, of all its processes."""
+    import jax
+
+    from repo_jax.distributed import join
+
+    join()
+    return jax.device_count()
+
+
+def of_trainer(arguments, count: int | None = None) -> dict:
+    """What is said of another trainer's recipe; `count`: how many devices it is for where that is not said (None: as many as are here)."""
+    given = arguments.num_processes
+    return {"trainer": arguments.trainer, "num_processes": (lambda: count) if given is None and count else given}
+
+
 def evaluate_command(arguments, overrides) -> int:
-    recipe = recipe_with_data(arguments, overrides, "data.eval_dataset_name")
+    recipe = recipe_with_data(arguments, overrides, "data.eval_dataset_name", count=None)
     from repo_jax.evaluation import evaluate_setup
     from repo_jax.preparation import set_up
 
@@ -159,8 +218,8 @@ def prepare_command(arguments, overrides) -> int:
     return 0
 
 
-def recipe_with_data(arguments, overrides: dict, data: str):
-    """The recipe of a command that takes --model and --data; what --data stands for differs."""
+def recipe_with_data(arguments, overrides: dict, data: str, *, count: int | None = 1):
+    """The recipe of a command that takes --model and --data; what --data stands for differs. Most open no devices: see of_trainer."""
     given = {
         name: value
         for name, value in {"model.model_name_or_path": arguments.model, data: arguments.data}.items()
@@ -168,7 +227,7 @@ def recipe_with_data(arguments, overrides: dict, data: str):
     }
     if arguments.model:
         given["model.model_revision"] = None  # a recipe's belongs to its own model
-    return checked(load_recipe, arguments.config, given | overrides)
+    return checked(load_recipe, arguments.config, given | overrides, **of_trainer(arguments, count))
 
 
 def export_command(arguments, overrides) -> int:
@@ -207,7 +266,7 @@ def bench_command(arguments, overrides) -> int:
     given = [path for path in (arguments.config, arguments.recipe) if path is not None]
     if len(given) != 1:
         raise UsageError("bench takes one recipe, as in: repo-jax bench RECIPE")
-    recipe = checked(load_recipe, given[0], overrides)
+    recipe = checked(load_recipe, given[0], overrides, **of_trainer(arguments))
     from repo_jax.benchmark import as_text, bench, prepare
 
     setup = checked(prepare, recipe, weights="random" if arguments.random_weights else "read")
@@ -220,16 +279,32 @@ def plan_command(arguments, overrides) -> int:
     given = dict(overrides)
     if arguments.config is None and arguments.model_config is not None:
         given = {"model.model_name_or_path": arguments.model_config} | given
-    recipe = checked(load_recipe, arguments.config, given)
     from repo_jax.planning import as_text, command_of, plan
+    from repo_jax.topology import parse_topology
 
-    command = command_of(arguments.config, overrides)
+    there = checked(parse_topology, arguments.topology, arguments.slices)
+    recipe = checked(load_recipe, arguments.config, given, **of_trainer(arguments, there.devices))
+    whose = {name: getattr(arguments, name) for name in TRAINER_FLAGS if getattr(arguments, name) is not None}
+    command = command_of(arguments.config, overrides | {f"trainer.{name}": value for name, value in whose.items()})
     options = {"slices": arguments.slices, "model_config": arguments.model_config, "searching": arguments.search}
     found = checked(plan, recipe, arguments.topology, command=command, **options)
     if arguments.json:
         checked(pathlib.Path(arguments.json).write_text, json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(as_text(found))
     return 0 if found["fits"] else 1
+
+
+def translate_command(arguments, overrides) -> int:
+    if not checked(is_foreign, arguments.config):
+        raise UsageError(f"'{arguments.config}' has our sections already; there is nothing to translate")
+    tree = checked(read_tree, arguments.config, overrides, **of_trainer(arguments, 1))
+    checked(to_recipe, tree)
+    text = f"# Translated from {arguments.config}\n" + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    if arguments.output is None:
+        print(text, end="")
+    else:
+        checked(pathlib.Path(arguments.output).write_text, text, encoding="utf-8")
+    return 0
 
 
 def losses_command(arguments, overrides) -> int:
@@ -355,6 +430,14 @@ def parse(argv: list[str]):
     plan.add_argument("--search", action="store_true", help="try meshes, rows per device and remat policies")
     plan.add_argument("--json", metavar="FILE", help="where to write everything as JSON")
     add_recipe_flags(plan)
+    translate = add(
+        "translate", translate_command, "write another trainer's recipe as one of ours, and say what became of its keys"
+    )
+    translate.add_argument("config", help="a YAML file for TRL, alignment-handbook, SimPO's or RePO's scripts")
+    translate.add_argument("--output", metavar="FILE", help="where to write it (default: it is printed)")
+    add_recipe_flags(translate)
+    for command in (train, evaluate, generate, inspect, prepare, bench, plan, translate):
+        add_trainer_flags(command, taken={"num_processes"} if command is train else set())
     losses = add("losses", losses_command, "list the objectives, or say all of one")
     losses.add_argument("name", nargs="?", help="a loss_type")
     if not argv:
@@ -366,6 +449,15 @@ def parse(argv: list[str]):
         parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean {close[0]}?" if close else ""))
     overrides = {name: value for name, value in vars(arguments).items() if "." in name}
     return arguments, arguments.function, overrides
+
+
+def add_trainer_flags(parser: argparse.ArgumentParser, taken: set[str]) -> None:
+    group = parser.add_argument_group(
+        "another trainer's recipe", "which is translated first, and may be given as it is"
+    )
+    for name, (kind, choices, words) in TRAINER_FLAGS.items():
+        if name not in taken:
+            group.add_argument(f"--{name}", type=kind, choices=choices, metavar="X", help=words)
 
 
 def add_data_flags(parser: argparse.ArgumentParser, data: str) -> None:

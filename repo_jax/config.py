@@ -9,13 +9,17 @@ import json
 import os
 import pathlib
 import re
+import sys
 import typing
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
 from pydantic import Field
 from pydantic.dataclasses import dataclass
+
+from repo_jax import foreign
 
 # A path as the user writes it; ~ is their home folder.
 Path = Annotated[str, pydantic.AfterValidator(os.path.expanduser)]
@@ -310,6 +314,9 @@ class Recipe:
     run: RunSection = RunSection()
 
 
+_RECIPE = pydantic.TypeAdapter(Recipe)
+
+
 class StoppedError(RuntimeError):
     """What ended work that had begun, in a message that says what to do; nothing finished is lost."""
 
@@ -369,27 +376,80 @@ def takes_text(field: dataclasses.Field) -> bool:
     return any(kind in (str, Path) for kind in typing.get_args(field.type) or (field.type,))
 
 
-def load_recipe(path: str | pathlib.Path | None, overrides: dict[str, Any] | None = None) -> Recipe:
+def load_recipe(path: str | pathlib.Path | None, overrides: dict[str, Any] | None = None, **of_trainer) -> Recipe:
     """The recipe of a YAML file (or none) with overrides {'section.leaf': value} laid over it.
+
+    `of_trainer`: what read_tree wants to know of another trainer's recipe, if the file is one.
 
     Raises FileNotFoundError, or ValueError with one line per thing that is wrong.
     """
-    tree = {}
+    return to_recipe(read_tree(path, overrides, **of_trainer))
+
+
+def read_tree(
+    path: str | pathlib.Path | None,
+    overrides: dict[str, Any] | None = None,
+    *,
+    trainer: str | None = None,
+    num_processes: int | Callable[[], int] | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """The sections of a YAML file, with overrides laid over it.
+
+    Another trainer's recipe is translated, which `tell` is told (None: stderr). `trainer`: whose it is, where its keys do not say;
+    `num_processes`: how many devices it was started on (None: as many as are here).
+    """
+    overrides, tree, text = overrides or {}, {}, ""
     if path is not None:
-        if not pathlib.Path(path).is_file():
-            raise FileNotFoundError(f"no recipe at '{path}'; give the path of a YAML file")
+        tree, text = read_file(path)
+    if foreign.is_foreign(tree, SECTIONS):
+        count = _devices_here if num_processes is None else num_processes
         try:
-            tree = read_yaml(pathlib.Path(path).read_text(encoding="utf-8")) or {}
+            translated = foreign.translate(tree, overrides=overrides, num_processes=count, trainer=trainer, text=text)
         except ValueError as error:
-            raise ValueError(f"'{path}' is not YAML: {error}") from None
-        if not isinstance(tree, dict):
-            raise ValueError(f"'{path}' holds a {type(tree).__name__}; wanted the sections {', '.join(SECTIONS)}")
-    for name, value in (overrides or {}).items():
+            raise ValueError("\n".join(f"'{path}': {line}" for line in str(error).splitlines())) from None
+        (tell or _tell)(f"'{path}' is {translated}")
+        tree = translated.tree
+    elif trainer is not None or isinstance(num_processes, int):
+        name, value = ("num_processes", num_processes) if trainer is None else ("trainer", trainer)
+        raise ValueError(
+            f"{name}={value} is for recipes of other trainers, and '{path}' is none of these; leave it out"
+        )
+    for name, value in overrides.items():
         section, leaf = name.split(".")
         fields = tree.get(section) or {}
         if isinstance(fields, dict):  # what is no section is refused below
             tree[section] = fields | {leaf: value}
-    return to_recipe(tree)
+    return tree
+
+
+def read_file(path: str | pathlib.Path) -> tuple[dict[str, Any], str]:
+    """What a YAML file holds, and its text."""
+    if not pathlib.Path(path).is_file():
+        raise FileNotFoundError(f"no recipe at '{path}'; give the path of a YAML file")
+    text = pathlib.Path(path).read_text(encoding="utf-8")
+    try:
+        tree = read_yaml(text) or {}
+    except ValueError as error:
+        raise ValueError(f"'{path}' is not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"'{path}' holds a {type(tree).__name__}; wanted the sections {', '.join(SECTIONS)}")
+    return tree, text
+
+
+def is_foreign(path: str | pathlib.Path) -> bool:
+    """Whether a file is a recipe for another trainer."""
+    return foreign.is_foreign(read_file(path)[0], SECTIONS)
+
+
+def _devices_here() -> int:
+    import jax
+
+    return jax.device_count()
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def to_recipe(tree: dict[str, Any]) -> Recipe:
@@ -398,7 +458,7 @@ def to_recipe(tree: dict[str, Any]) -> Recipe:
     if "model" not in sections:
         sections["model"] = {}
     try:
-        return pydantic.TypeAdapter(Recipe).validate_python(sections)
+        return _RECIPE.validate_python(sections)
     except pydantic.ValidationError as errors:
         found = errors.errors()
         if any(error["type"] == "unexpected_keyword_argument" for error in found):

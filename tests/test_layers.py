@@ -13,7 +13,7 @@ LAYERS = [
     ["losses.types", "losses.parts", "losses.reference_free", "losses.with_reference", "losses.batch", "losses.unpaired", "losses.combine", "losses",
      "losses.catalogue", "sharding", "hardware", "hlo", "topology", "urls", "terminal", "models.config", "models.hub", "models.tensors", "data.sources", "data.schema", "data.special",
      "data.template", "data.official", "data.weights", "data.chat", "data.store", "data.groups"],
-    ["config", "card", "distributed", "models.attention", "models.blocked", "models.views", "models.splash", "models.triton", "models.flash", "models.hf",
+    ["trainers", "foreign", "config", "card", "distributed", "models.attention", "models.blocked", "models.views", "models.splash", "models.triton", "models.flash", "models.hf",
      "data.rows", "data.batches"],
     ["models.decoder", "models.lora", "models.pretrained", "optimizer", "stores", "flops"],
     ["logps", "state", "metrics"],

@@ -129,6 +129,7 @@ RANGES = {
     "sft_weight": NOT_NEGATIVE,
     "lcpo_alpha": (0.0, 1.0 + 1e-9, "a number from 0 to 1"),
     "lcpo_eta": (LEAST, 1.0, "a number above 0 and below 1"),
+    "reward_scale": POSITIVE,
 }
 # Hyperparameters that are texts, and what they may say.
 CHOICES = {
@@ -152,6 +153,7 @@ OPTIONS = {
     "use_weighting": "pairs count for how likely the policy would write them (WPO)",
     "sft_weight": "adds so much of the negative log-prob of the chosen answers",
     "sft_average": "over which that is a mean: the batch's tokens, or those of each answer and then the answers",
+    "reward_scale": "logged rewards are times this where the objective has no beta; training does not read it",
 }
 
 DEFAULT_LOSS = "repo"
@@ -211,6 +213,11 @@ def make_loss(loss_type: str | Sequence[str] = DEFAULT_LOSS, **given: Any) -> tu
         hparams["sft_weight"] = _checked("sft_weight", options["sft_weight"], title)
     elif "sft_average" in options:
         raise ValueError(f"loss '{title}': sft_average is given without sft_weight, so that nothing would read it")
+    if "reward_scale" in options:
+        if "beta" in hparams:
+            raise ValueError(f"loss '{title}' has beta, which its logged rewards are times; leave reward_scale out")
+        loss = combine.with_reward_scale(loss)
+        hparams["reward_scale"] = _checked("reward_scale", options["reward_scale"], title)
     return loss, hparams
 
 

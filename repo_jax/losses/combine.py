@@ -90,6 +90,15 @@ def with_sft(loss: Loss, average: str) -> Loss:
     return loss._replace(fn=fn)
 
 
+def with_reward_scale(loss: Loss) -> Loss:
+    """What is logged as rewards is times `reward_scale` (metrics.py); the loss itself does not look at it."""
+
+    def fn(pairs, *, reward_scale, state=None, progress=0.0, training=True, **hparams):
+        return loss(pairs, state=state, progress=progress, training=training, **hparams)
+
+    return loss._replace(fn=fn)
+
+
 def _nll_like(values, pairs: PairLogps, average: str):
     """The negative log-prob so laid out that its mean is the same among values per pair and per answer."""
     if values.ndim == 1:

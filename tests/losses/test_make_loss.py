@@ -12,6 +12,7 @@ from loss_pairs import default_state, double, mean_loss, random_pairs, slopes_of
 from oracles import losses as oracle
 
 from repo_jax.losses import CHOICES, LOSSES, OPTIONS, RANGES, hyperparameters, make_loss
+from repo_jax.metrics import preference_metrics
 
 GIVEN = random_pairs(0, n=12)
 
@@ -216,6 +217,17 @@ def test_label_confidence_keeps_the_state_of_the_loss_inside():
     np.testing.assert_allclose(after[1]["mean"], inner["mean"], rtol=1e-6)
 
 
+def test_reward_scale_multiplies_what_is_logged_and_changes_no_value():
+    hparams = make_loss("repo", gamma=0.3, reward_scale=2.5)[1]
+    assert hparams == {"gamma": 0.3, "reward_scale": 2.5}
+    np.testing.assert_array_equal(made("repo", gamma=0.3, reward_scale=2.5), made("repo", gamma=0.3))
+    pairs = GIVEN.pairs()
+    plain, scaled = (preference_metrics(pairs, pairs, given) for given in ({"gamma": 0.3}, hparams))
+    for name in plain:
+        factor = 2.5 if name in ("rewards/chosen", "rewards/rejected", "rewards/margins") else 1
+        np.testing.assert_allclose(scaled[name], factor * plain[name], rtol=1e-6)
+
+
 def test_everything_at_once_is_the_sum_of_what_it_is_made_of():
     options = {
         "gamma_end": 0.1,
@@ -298,6 +310,8 @@ def test_what_goes_around_a_loss_passes_on_what_the_step_passes(given):
         ({"sft_weight": 1, "sft_average": "pairs"}, "loss 'repo': sft_average='pairs'; choose one of tokens, answers"),
         ({"sft_average": "tokens"}, "loss 'repo': sft_average is given without sft_weight, so that nothing would read it"),
         ({"loss_type": "sft", "sft_weight": 1}, "loss 'sft' has the term of sft_weight already; give its share in loss_weights"),
+        ({"reward_scale": 0}, "loss 'repo': reward_scale=0 must be a number above 0"),
+        ({"loss_type": "simpo", "reward_scale": 2}, "loss 'simpo' has beta, which its logged rewards are times; leave reward_scale out"),
         ({"lcpo_eta": 0.9}, "loss 'repo': lcpo_eta is given without lcpo_alpha, so that nothing would read it"),
         ({"lcpo_alpha": 2}, "loss 'repo': lcpo_alpha=2 must be a number from 0 to 1"),
         ({"lcpo_alpha": 0.1, "lcpo_eta": 1}, "loss 'repo': lcpo_eta=1 must be a number above 0 and below 1"),
