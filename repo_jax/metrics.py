@@ -17,8 +17,7 @@ def preference_metrics(pairs: PairLogps, slopes: PairLogps, hparams: dict) -> di
     Rewards are beta times the log-ratio to the reference model, as TRL's DPO has them, or without one beta times the mean log-prob per
     token; where the objective has no beta, reward_scale, or 1. A pair is ranked right if its margin is above 0; an answer by itself, if the
     sign of its reward is its label's, which a mean log-prob cannot be: such rows are not ranked. `slopes` is d loss / d pairs: an answer is
-    active if that of its log-prob or of a term is not 0, a scored token
-    if its answer is.
+    active if that of its log-prob or of a term is not 0, a scored token if its answer is.
     """
     there_B2, mean_B2, scale = pairs.there_B2, pairs.mean_B2, hparams.get("beta", hparams.get("reward_scale", 1.0))
     rewards_B2 = mean_B2 if pairs.reference_B2 is None else pairs.ratios_B2
