@@ -223,10 +223,12 @@ def scored_by(name):
     return join(PairLogps(logps_B2, known.lengths_B2, terms=terms), known, groups=made(name)[0].groups)
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in LOSSES]
+# One of each kind that the step knows; of the others, and of all in the table: pytest -m slow.
+KINDS = ("plain_dpo", "shifted", "scheduled", "token_level", "from_mismatched", "with_rationale")
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name not in KINDS]
 
 
-@pytest.mark.parametrize("name", [*OWN, *SLOW])
+@pytest.mark.parametrize("name", [*KINDS, *SLOW])
 def test_form_and_micro_batches_change_nothing(name):
     wanted = gradient(name, form="two_pass")
     if not takes_two_passes(made(name)[0]):
@@ -234,12 +236,14 @@ def test_form_and_micro_batches_change_nothing(name):
     assert_same(gradient(name, form="two_pass", rows=3), wanted, "4 micro-batches")
 
 
-@pytest.mark.parametrize("name", [*OWN, *SLOW])
+@pytest.mark.parametrize("name", [*KINDS, *SLOW])
 def test_eight_devices_equal_one(name):
     assert_same(gradient(name, form="two_pass", axes=(2, 2, 2), rows=12), gradient(name, form="two_pass"), "two_pass")
 
 
-@pytest.mark.parametrize("name", ["plain_dpo", "token_level", *SLOW])
+@pytest.mark.parametrize(
+    "name", ["plain_dpo", *(pytest.param(x, marks=pytest.mark.slow) for x in NAMES if x != "plain_dpo")]
+)
 def test_eight_devices_equal_one_in_direct_form_too(name):
     if not takes_two_passes(made(name)[0]):
         assert_same(gradient(name, form="direct", axes=(1, 8, 1), rows=8), gradient(name, form="two_pass"), "direct")
