@@ -279,7 +279,9 @@ def test_a_run_at_a_url_goes_on_from_another_machine_to_the_same_model(store, re
     assert "model   store://bucket/run/hf  (" in said and "report  store://bucket/run/report.html" in said
     for name in ("hf/model.safetensors", "hf/config.json"):
         assert store.cat_file(f"/bucket/run/{name}") == (plain / name).read_bytes() == (run / name).read_bytes()
-    assert {"report.html", "report.md", "loss.png", "eval_results.json", "hf/README.md"} <= set(urls.names("store://bucket/run"))
+    assert {"report.html", "report.md", "loss.png", "eval_results.json", "hf/README.md"} <= set(
+        urls.names("store://bucket/run")
+    )
     (tmp_path / "metrics.jsonl").write_bytes(store.cat_file("/bucket/run/metrics.jsonl"))
     for ours, theirs in zip(
         read_metrics(tmp_path / "metrics.jsonl"), read_metrics(plain / "metrics.jsonl"), strict=True
