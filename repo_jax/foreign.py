@@ -17,8 +17,8 @@ from repo_jax.trainers import (
     DPO_KEYS,
     DPO_LOSSES,
     FAMILIES,
+    HANDBOOK,
     HUB,
-    HUGGING_FACE,
     KNOWN,
     LOSS_KEYS,
     OF_2024,
@@ -61,7 +61,7 @@ def _of_2024(trainer: Trainer) -> Trainer:
     """alignment-handbook with dataset_mixer, whose tokens SimPO's code took over from the TRL of then."""
     optim = {"optim": "rmsprop"} if trainer.own is DPO_KEYS else {}
     official = trainer.own is not SFT_KEYS
-    lengths = OF_2024 if official else HUGGING_FACE
+    lengths = OF_2024 if official else HANDBOOK
     title = f"alignment-handbook of 2024 ({trainer.title} of then)"
     return trainer._replace(title=title, defaults=trainer.defaults | lengths | optim, official=official)
 
@@ -303,7 +303,7 @@ def _strategy(sheet: _Sheet, *names: str) -> str:
 
 def _mixer(sheet: _Sheet) -> None:
     """alignment-handbook's {name: fraction of its training split}, its splits apart by what their names hold."""
-    mixer, splits = sheet.given["dataset_mixer"], sheet.given.get("dataset_splits", ["train", "test"])
+    mixer, splits = sheet.given["dataset_mixer"], sheet.get("dataset_splits")
     if not isinstance(mixer, dict) or not mixer:
         return sheet.refuse("dataset_mixer", "give {name: fraction}", "data.dataset_name")
     splits = splits if isinstance(splits, list) else [splits]
