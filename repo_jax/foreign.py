@@ -17,8 +17,8 @@ from repo_jax.trainers import (
     DPO_KEYS,
     DPO_LOSSES,
     FAMILIES,
+    HANDBOOK,
     HUB,
-    HUGGING_FACE,
     KNOWN,
     LOSS_KEYS,
     OF_2024,
@@ -61,7 +61,7 @@ def _of_2024(trainer: Trainer) -> Trainer:
     """alignment-handbook with dataset_mixer, whose tokens SimPO's code took over from the TRL of then."""
     optim = {"optim": "rmsprop"} if trainer.own is DPO_KEYS else {}
     official = trainer.own is not SFT_KEYS
-    lengths = OF_2024 if official else HUGGING_FACE
+    lengths = OF_2024 if official else HANDBOOK
     title = f"alignment-handbook of 2024 ({trainer.title} of then)"
     return trainer._replace(title=title, defaults=trainer.defaults | lengths | optim, official=official)
 
@@ -142,7 +142,7 @@ def _check_names(sheet: "_Sheet", name: str) -> None:
         if key in others:
             reason = f"it is of {others[key].title}, and this recipe is for {sheet.trainer.title}; leave it out, or say --trainer"
         else:
-            close = difflib.get_close_matches(key, sorted(known), n=1)
+            close = difflib.get_close_matches(str(key), sorted(known), n=1)
             reason = f"no such key is known of {sheet.trainer.title}" + (
                 f"; did you mean '{close[0]}'?" if close else "; leave it out"
             )
@@ -303,7 +303,7 @@ def _strategy(sheet: _Sheet, *names: str) -> str:
 
 def _mixer(sheet: _Sheet) -> None:
     """alignment-handbook's {name: fraction of its training split}, its splits apart by what their names hold."""
-    mixer, splits = sheet.given["dataset_mixer"], sheet.given.get("dataset_splits", ["train", "test"])
+    mixer, splits = sheet.given["dataset_mixer"], sheet.get("dataset_splits")
     if not isinstance(mixer, dict) or not mixer:
         return sheet.refuse("dataset_mixer", "give {name: fraction}", "data.dataset_name")
     splits = splits if isinstance(splits, list) else [splits]
@@ -383,7 +383,7 @@ def _mixture(sheet: _Sheet) -> None:
     if held is not None:
         if terms[0] != splits[0] or len(set(names)) > 1:
             return sheet.refuse(key, "test_split_size of a part or of several is not taken; give --eval_dataset_name")
-        tail = f"-{held}" if held >= 1 else f"-{held * 100:g}%"
+        tail = f"-{int(held)}" if held >= 1 else f"-{held * 100:g}%"
         train, test = "+".join([f"{terms[0]}[:{tail}]", *terms[1:]]), f"{terms[0]}[{tail}:]"
         sheet.notes.append(f"differs: what is held out is the end of {terms[0]}, where the trainer draws at random")
     sheet.put(key, "data.dataset_train_split", train)
@@ -469,12 +469,12 @@ def _set(sheet: _Sheet, target: str, value: Any, why: str) -> None:
 
 def _dpo(sheet: _Sheet) -> None:
     given = sheet.get("loss_type")
-    names = given if isinstance(given, list) else [given]
+    names = [str(name) for name in (given if isinstance(given, list) else [given])]
     weights, smoothing = sheet.given.get("loss_weights"), sheet.number("label_smoothing")
     smoothed = any(name in ("robust", "exo_pair", "aot", "aot_pair", "aot_unpaired") for name in names)
     smoothed |= bool(smoothing) and "sigmoid" in names
     if unknown := [name for name in names if name not in DPO_LOSSES]:
-        close = difflib.get_close_matches(str(unknown[0]), DPO_LOSSES, n=1)
+        close = difflib.get_close_matches(unknown[0], DPO_LOSSES, n=1)
         return sheet.refuse(
             "loss_type",
             f"choose of {', '.join(DPO_LOSSES)}" + (f"; did you mean '{close[0]}'?" if close else ""),
@@ -632,7 +632,7 @@ def _optim(sheet: _Sheet, num_processes: int | Callable[[], int]) -> None:
         sheet.say("max_steps", "-1 leaves it to num_train_epochs")
     norm = sheet.get("max_grad_norm")
     sheet.put("max_grad_norm", "optim.max_grad_norm", norm or None)
-    name = sheet.get("optim")
+    name = str(sheet.get("optim"))
     if name in OPTIMIZERS:
         sheet.put("optim", "optim.optim", OPTIMIZERS[name])
     else:
@@ -641,7 +641,7 @@ def _optim(sheet: _Sheet, num_processes: int | Callable[[], int]) -> None:
             f"choose one of {', '.join(OPTIMIZERS)}, or say --optim adamw (--moment_dtype bfloat16 saves memory)",
             "optim.optim",
         )
-    schedule, warmup = sheet.get("lr_scheduler_type"), True
+    schedule, warmup = str(sheet.get("lr_scheduler_type")), True
     if schedule == "constant":
         warmup = False
     if schedule not in SCHEDULES:

@@ -114,7 +114,8 @@ class Trackers:
         names = setup.recipe.run.trackers
         if not names or not primary():
             return
-        config, own_id = yaml.safe_load(dump_recipe(setup.recipe)), _own_id(place.here, start)
+        config = yaml.safe_load(dump_recipe(setup.recipe))
+        own_id = "" if names == ("tensorboard",) else _own_id(place.here, start)
         name = str(place).rstrip("/").rpartition("/")[2]
         how = {
             "tensorboard": lambda: TensorBoard(place.here, config, start),

@@ -37,7 +37,8 @@ TRL = HUGGING_FACE | {
     "max_length": 1024,
 }
 # Those of 2024, from which alignment-handbook, SimPO and RePO were made: lengths that are not given become these.
-OF_2024 = HUGGING_FACE | {"max_length": 512, "max_prompt_length": 128}
+HANDBOOK = HUGGING_FACE | {"dataset_splits": ["train", "test"]}
+OF_2024 = HANDBOOK | {"max_length": 512, "max_prompt_length": 128}
 PREFERENCE = {"beta": 0.1, "label_smoothing": 0.0, "loss_type": "sigmoid"}
 
 

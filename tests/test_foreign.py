@@ -373,6 +373,7 @@ MISTAKES = {
     ("dpo", "learning_rat: 1"): "learning_rat: 1: no such key is known of TRL's DPOConfig; did you mean 'learning_rate'?",
     ("dpo", "zzz: 1"): "zzz: 1: no such key is known of TRL's DPOConfig; leave it out",
     ("orpo", "rpo_alpha: 1"): "rpo_alpha: 1: it is of TRL's DPOConfig, and this recipe is for TRL's ORPOConfig; leave it out, or say --trainer",
+    ("dpo", "1: 2"): "1: 2: no such key is known of TRL's DPOConfig; leave it out",
     # batch
     ("dpo", "per_device_train_batch_size: auto"): "per_device_train_batch_size: auto: give a whole number, 1 or more",
     ("dpo", "gradient_accumulation_steps: 0"): "gradient_accumulation_steps: 0: give a whole number, 1 or more",
@@ -386,6 +387,9 @@ MISTAKES = {
     ("dpo", "learning_rate: fast"): "recipe.optim.learning_rate='fast'; wanted a valid number, unable to parse string as a number",
     # losses
     ("dpo", "loss_type: sigmod"): f"loss_type: sigmod: choose of {', '.join(trainers.DPO_LOSSES)}; did you mean 'sigmoid'?",
+    ("dpo", "loss_type: [{a: 1}]"): f"loss_type: [{{a: 1}}]: choose of {', '.join(trainers.DPO_LOSSES)}",
+    ("dpo", "optim: [adamw_torch]"): f"optim: [adamw_torch]: choose one of {', '.join(trainers.OPTIMIZERS)}, or say --optim adamw (--moment_dtype bfloat16 saves memory)",
+    ("dpo", "lr_scheduler_type: {}"): "lr_scheduler_type: {}: choose one of linear, cosine, constant, constant_with_warmup, or say --lr_scheduler_type",
     ("dpo", "label_smoothing: some"): "label_smoothing: some: give a number",
     ("cpo", "loss_type: hinge"): "loss_type: hinge: CPO's are taken over as sigmoid, simpo and alphapo; slic is the nearest",
     ("cpo", "alpha: 0.25\nloss_type: simpo"): "alpha: 0.25: AlphaPO is taken over with loss_type simpo, cpo_alpha 0 and label_smoothing 0",

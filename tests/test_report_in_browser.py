@@ -13,14 +13,14 @@ LONG = "word" * 200  # what wraps nowhere by itself
 
 @pytest.fixture(scope="module")
 def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright: it drives the browser")
     names = ("chromium", "chromium-browser", "google-chrome", "chrome")
     path = next((found for name in names if (found := shutil.which(name))), None)
     with sync_api.sync_playwright() as playwright:
         try:
             opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         except sync_api.Error as error:
-            pytest.skip(f"there is no Chromium here: {error}".splitlines()[0])
+            pytest.skip(f"there is no Chromium here (apt-get install chromium): {error}".splitlines()[0])
         yield opened
         opened.close()
 

@@ -159,7 +159,9 @@ def test_tensorboard_reads_the_run_folder_and_what_is_done_again_counts_once(tmp
     assert set(found.Tags()["scalars"]) == NAMES
     assert [(event.step, event.value) for event in found.Scalars("train/loss")] == [(1, 1), (2, 2), (3, 30), (4, 40)]
     assert b"some/model" in found.Tensors("recipe/text_summary")[0].tensor_proto.string_val[0]
-    assert all(path.is_file() for path in tmp_path.iterdir())  # where a run's small files are copied to its URL from
+    assert all(
+        path.is_file() and "tfevents" in path.name for path in tmp_path.iterdir()
+    )  # where a run's small files are copied to its URL from
 
 
 def test_what_is_not_installed_is_said_before_any_work(monkeypatch):
