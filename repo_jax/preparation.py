@@ -158,6 +158,8 @@ def set_up(
         _check_backend()
     name = title_of(recipe.loss.get("loss_type", DEFAULT_LOSS)) if loss is None else name_of(loss)
     given, quantile = without_auto(recipe.loss)
+    # A loss of one's own stands in for the loss_type.
+    kept = recipe.loss if loss is None else {key: value for key, value in recipe.loss.items() if key != "loss_type"}
     loss, hparams = make_loss(**given) if loss is None else own_loss(loss, given)
     if quantile is not None:
         _check_auto(name, loss, hparams, training=training)
@@ -230,7 +232,7 @@ def set_up(
         optim=optim,
         data=_from_anywhere(recipe.data),
         model=resolved(recipe.model, exact=pretrained.adapter is not None or (training and not adapts)),
-        loss={"loss_type": name} | hparams | recipe.loss | ({} if quantile is None else {"gamma_quantile": quantile}),
+        loss={"loss_type": name} | hparams | kept | ({} if quantile is None else {"gamma_quantile": quantile}),
     )
     found = loss, hparams, pretrained, tokenizer, train, held_out, mesh, shapes, total_steps, push_to, reference
     return Setup(recipe, *found, quantile)
@@ -285,7 +287,7 @@ def own_loss(loss: Loss | Callable, given: dict) -> tuple[Loss, dict[str, float 
         if value is not inspect.Parameter.empty and not isinstance(value, str | bool | int | float):
             raise ValueError(f"loss '{name}': the default {key}={value!r} must be a number, a text, true or false")
     for key, value in given.items():
-        if key == "loss_type":  # which this loss stands in for
+        if key == "loss_type":
             continue
         if key not in accepted:
             takes = f"it takes {', '.join(accepted)}" if accepted else "it takes none"

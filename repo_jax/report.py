@@ -89,10 +89,9 @@ class Facts(NamedTuple):
 
 
 def summary_rows(before: dict, after: dict) -> list[tuple[str, float, float]]:
-    """(what, before, after) for the three numbers that matter; of answers by themselves, which have no margins, for the loss."""
-    if "mean_margin" not in before:
-        return [("held-out loss", before["loss"], after["loss"])]
-    return [(words, before[name], after[name]) for name, words in SUMMARY.items() if name in before]
+    """(what, before, after) for the three numbers that matter; of answers by themselves, which have no margins, also for the loss."""
+    names = SUMMARY if "mean_margin" in before else {"loss": "held-out loss"} | SUMMARY
+    return [(words, before[name], after[name]) for name, words in names.items() if name in before]
 
 
 def summary_text(before: dict, after: dict) -> str:
