@@ -16,6 +16,7 @@ import pytest
 import safetensors.numpy
 import yaml
 from examples import ASSETS, ROOT, STORIES
+from readme import EXAMPLE
 
 import repo_jax
 from repo_jax import stores, training
@@ -26,20 +27,6 @@ from repo_jax.models.config import DecoderConfig
 from repo_jax.models.decoder import param_shapes
 from repo_jax.models.hf import hf_tensors
 from repo_jax.stores import held_out_store, tokenizer_of, train_store, with_rows
-
-EXAMPLE = """\
-import json, repo_jax
-
-pairs = [json.loads(line) for line in open("pairs.jsonl")]         # 50 of your own: prompt, chosen, rejected
-recipe = repo_jax.load_recipe(None, {
-    "model.model_name_or_path": "Qwen/Qwen2.5-0.5B-Instruct", "loss.gamma": 0.5, "optim.learning_rate": 1e-6,
-    "optim.train_batch_size": 8, "run.output_dir": "runs/mine"})
-run = repo_jax.train(recipe, train_dataset=pairs[:40], eval_dataset=pairs[40:])
-print(repo_jax.evaluate(run / "hf", pairs[40:]))                   # metrics, as the command prints them
-print(repo_jax.score(run / "hf", pairs[40:]).as_rows()[0])         # log-probs, tokens and margin of a pair
-params, cfg = repo_jax.from_hf(run / "hf")                         # a nested dict of jax arrays
-repo_jax.to_hf(params, cfg, "aligned", base=run / "hf")            # a folder that transformers loads
-"""
 
 
 def text_pairs(n: int) -> list[dict]:
@@ -77,11 +64,11 @@ def ran(tmp_path_factory):
 def test_the_readmes_example_aligns_evaluates_scores_and_exports(ran):
     folder, said = ran
     metrics, first = (json.loads(line.replace("'", '"')) for line in said.splitlines() if line.startswith("{"))
-    results = json.loads((folder / "runs/mine/eval_results.json").read_text())
+    results = json.loads((folder / "runs/python/eval_results.json").read_text())
     assert results["after"]["mean_margin"] != results["before"]["mean_margin"]
     assert metrics["pairs"] == 10 and metrics["loss_type"] == "repo"
     assert metrics["mean_margin"] == pytest.approx(results["after"]["mean_margin"], abs=1e-4)
-    margins = np.load(folder / "runs/mine/margins_after.npy")
+    margins = np.load(folder / "runs/python/margins_after.npy")
     assert first["id"] == PAIRS[40]["id"] and first["margin"] == pytest.approx(margins[0], abs=1e-4)
     mean = {side: first[f"logps_{side}"] / first[f"tokens_{side}"] for side in ("chosen", "rejected")}
     assert mean["chosen"] - mean["rejected"] == pytest.approx(first["margin"], abs=1e-5)
@@ -89,7 +76,7 @@ def test_the_readmes_example_aligns_evaluates_scores_and_exports(ran):
 
 def test_what_from_hf_reads_to_hf_writes_bit_for_bit_with_all_that_transformers_wants(ran):
     folder, _ = ran
-    ours, theirs = folder / "aligned", folder / "runs/mine/hf"
+    ours, theirs = folder / "aligned", folder / "runs/python/hf"
     assert (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
     names = {path.name for path in theirs.iterdir()} - {"README.md"}  # it says of the base what it is
     assert {path.name for path in ours.iterdir()} == names and "tokenizer.json" in names
@@ -99,19 +86,19 @@ def test_what_from_hf_reads_to_hf_writes_bit_for_bit_with_all_that_transformers_
 
 def test_the_runs_recipe_says_that_its_data_came_from_python_and_is_not_run_without_them(ran):
     folder, _ = ran
-    path = folder / "runs/mine/recipe.yaml"
+    path = folder / "runs/python/recipe.yaml"
     data = yaml.safe_load(path.read_text())["data"]
     assert re.fullmatch(r"from Python: train_dataset, 40 rows, sha256 [0-9a-f]{16}", data["dataset_name"])
     assert re.fullmatch(r"from Python: eval_dataset, 10 rows, sha256 [0-9a-f]{16}", data["eval_dataset_name"])
     recipe = load_recipe(path)
     with pytest.raises(ValueError, match=r"were rows of a Python program; give them again: .*train_dataset=rows"):
         training.prepare(recipe)
-    assert "`from Python: train_dataset, 40 rows" in (folder / "runs/mine/hf/README.md").read_text()
+    assert "`from Python: train_dataset, 40 rows" in (folder / "runs/python/hf/README.md").read_text()
 
 
 def test_the_same_rows_go_on_with_the_run_and_others_are_refused(ran, tmp_path):
     folder, _ = ran
-    run = shutil.copytree(folder / "runs/mine", tmp_path / "run")
+    run = shutil.copytree(folder / "runs/python", tmp_path / "run")
     recipe = load_recipe(run / "recipe.yaml", {"run.output_dir": str(run), "data.cache_dir": str(tmp_path / "cache")})
 
     def looked_at(train_rows):
