@@ -135,6 +135,11 @@ def test_sigkill_and_a_new_start_end_bit_for_bit_where_an_unbroken_run_does(reci
     assert [line["step"] for line in lines(run)] == list(range(1, STEPS + 1))
     ours, theirs = ((folder / "hf" / "model.safetensors").read_bytes() for folder in (run, unbroken[0]))
     assert ours == theirs
+    # The report is of the whole run, what was before the kill included.
+    told = [
+        re.findall(r"(?:before|after \d+) .*beyond gamma", (f / "report.html").read_text()) for f in (run, unbroken[0])
+    ]
+    assert told[0] == told[1] and [words.split()[0] for words in told[0]] == ["before", "after"]
     for one, other in zip(lines(run), lines(unbroken[0]), strict=True):
         assert {k: v for k, v in one.items() if k not in TIMINGS} == {
             k: v for k, v in other.items() if k not in TIMINGS
