@@ -20,6 +20,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from repo_jax import foreign
+from repo_jax.trainers import TRACKERS
 
 # A path as the user writes it; ~ is their home folder.
 Path = Annotated[str, pydantic.AfterValidator(os.path.expanduser)]
@@ -31,7 +32,6 @@ def _separate(value):
 
 # One or several names: a list, or on the command line also a,b.
 Names = Annotated[list[str] | str | None, pydantic.BeforeValidator(_separate)]
-TRACKERS = ("tensorboard", "wandb", "trackio")
 STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
 
 

@@ -27,6 +27,7 @@ from repo_jax.trainers import (
     SCHEDULES,
     SFT_KEYS,
     SIMPO_KEYS,
+    TRACKERS,
     TRAINERS,
     UNNEEDED,
     Trainer,
@@ -713,6 +714,10 @@ def _run(sheet: _Sheet) -> None:
             sheet.tree.setdefault("run", {}).setdefault("eval_steps", sheet.get(key))
         else:
             _cadence(sheet, key, "run.eval_steps", "steps")
+    named = given.get("report_to") or []
+    named = [named] if isinstance(named, str) else list(named)
+    if trackers := [name for name in named if name in TRACKERS]:
+        sheet.put("report_to", "run.report_to", trackers)
     if given.get("save_total_limit") is not None:
         sheet.put("save_total_limit", "run.save_total_limit", given["save_total_limit"])
     push = bool(given.get("push_to_hub"))

@@ -53,6 +53,8 @@ class Trainer(NamedTuple):
     official: bool = False  # tokens as SimPO's and RePO's code has them
 
 
+TRACKERS = ("tensorboard", "wandb", "trackio")  # of report_to, theirs and ours
+
 HUB = {
     "hub_model_id": "hub_model_id",
     "hub_revision": "hub_revision",
@@ -248,9 +250,9 @@ UNNEEDED = {
     "streaming": "data are prepared once, into a store",
     "truncation_side": "truncation says what stays",
     "ignore_bias_buffers": "of PyTorch's processes",
-    "report_to": "metrics.jsonl and report.md hold all; nothing is sent anywhere",
+    "report_to": "metrics.jsonl and the report hold all; --report_to names trackers",
     "run_name": "output_dir names a run",
-    "project": "nothing is sent anywhere",
+    "project": "WANDB_PROJECT or TRACKIO_PROJECT says it",
     "logging_dir": "output_dir holds everything",
     "logging_first_step": "every logged update has its line",
     "overwrite_output_dir": "a run goes on from the newest checkpoint; another output_dir begins anew",

@@ -22,7 +22,16 @@ FILES = sorted((ROOT / "tests" / "foreign").glob("*.yaml"))
 DEVICES = {"zephyr-7b-dpo-2024": 8, "zephyr-7b-dpo-2025": 8, "mistral-7b-base-simpo-2024-06": 8}
 OURS = {"zephyr-7b-dpo-2024": "mistral-7b-base-dpo", "zephyr-7b-dpo-2025": "mistral-7b-base-dpo", "mistral-7b-base-simpo-2024-06": "mistral-7b-base-simpo"}  # fmt: skip
 # What a run is called, how often it speaks and saves, and where it goes are not compared.
-FREE = {"output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit", "push_to_hub", "hub_model_id"}
+FREE = {
+    "output_dir",
+    "logging_steps",
+    "eval_steps",
+    "save_steps",
+    "save_total_limit",
+    "push_to_hub",
+    "hub_model_id",
+    "report_to",
+}
 
 
 def path_of(name: str):
@@ -629,3 +638,10 @@ def test_the_table_of_data_has_every_schema():
     rows = part("data").splitlines()[2:]
     schemas = set(typing.get_args(leaf_fields()["schema"][1].type)) - {"auto"}
     assert schemas <= {row.split("`")[1] for row in rows}
+
+
+@pytest.mark.parametrize(
+    "given, wanted", [("wandb", ["wandb"]), ("[wandb, azure_ml]", ["wandb"]), ("none", "none"), ("all", "none")]
+)
+def test_the_trackers_it_names_are_reported_to(write, given, wanted):
+    assert load(write(f"loss_type: repo\nreport_to: {given}\n")).run.report_to == wanted
