@@ -34,7 +34,7 @@ from repo_jax.preparation import decoder, resolved
 from repo_jax.progress import say
 from repo_jax.run_folder import write_whole
 from repo_jax.sharding import make_mesh, param_shardings
-from repo_jax.stores import model_files, open_data, tokenizer_of, with_rows
+from repo_jax.stores import let_go, model_files, open_data, tokenizer_of, with_rows
 
 TRANSFORMERS_TOP_K = 50  # what transformers samples with where neither the model nor the caller says
 # What a generation_config.json may ask for that is not done here, and the values that ask for nothing.
@@ -186,12 +186,15 @@ def generate(
     if isinstance(prompts, list | tuple):
         prompts = [{"prompt": one} if isinstance(one, str | list) else one for one in prompts]
     recipe = with_rows(recipe_of_model(recipe_or_model), prompts=prompts)
-    if output is not None:
-        return run(prepare(recipe, output, **options))
-    with tempfile.TemporaryDirectory() as folder:
-        answered = run(prepare(recipe, pathlib.Path(folder) / "answers.jsonl", **options))
-        # Of several processes the first one has them.
-        return [json.loads(line) for line in answered.read_bytes().splitlines()] if answered.exists() else []
+    try:
+        if output is not None:
+            return run(prepare(recipe, output, **options))
+        with tempfile.TemporaryDirectory() as folder:
+            answered = run(prepare(recipe, pathlib.Path(folder) / "answers.jsonl", **options))
+            # Of several processes the first one has them.
+            return [json.loads(line) for line in answered.read_bytes().splitlines()] if answered.exists() else []
+    finally:
+        let_go(recipe)
 
 
 def run(job: Job) -> pathlib.Path:

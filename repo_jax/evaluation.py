@@ -21,7 +21,7 @@ from repo_jax.reference import live_reference, with_reference
 from repo_jax.rewards import evaluate_rewards
 from repo_jax.state import variables_of
 from repo_jax.step import Scorer
-from repo_jax.stores import with_rows
+from repo_jax.stores import let_go, with_rows
 
 GROUP = 256  # pairs that are packed together
 
@@ -60,9 +60,11 @@ def evaluate(recipe_or_model: Recipe | str | os.PathLike, eval_dataset=None) -> 
     A reward model has no loss: of it come its rewards, how many pairs they rank right, and the number of pairs. Raises ValueError, FileNotFoundError
     or TypeError, before any device work, for what cannot be evaluated.
     """
-    return evaluate_setup(
-        set_up(with_rows(recipe_of_model(recipe_or_model), eval_dataset=eval_dataset), training=False)
-    )
+    recipe = with_rows(recipe_of_model(recipe_or_model), eval_dataset=eval_dataset)
+    try:
+        return evaluate_setup(set_up(recipe, training=False))
+    finally:
+        let_go(recipe)
 
 
 class Scores(NamedTuple):
@@ -99,7 +101,10 @@ def score(recipe_or_model: Recipe | str | os.PathLike, dataset) -> Scores:
     data = dataclasses.replace(recipe.data, eval_dataset_name=None, dataset_test_split="test")
     model = dataclasses.replace(recipe.model, reference_model_name_or_path=None)
     recipe = with_rows(dataclasses.replace(recipe, data=data, model=model, loss={}), dataset=dataset)
-    setup = set_up(recipe, training=False, loss=Loss(_nothing, layout="answers"))
+    try:
+        setup = set_up(recipe, training=False, loss=Loss(_nothing, layout="answers"), unweighed=True)
+    finally:
+        let_go(recipe)  # the store has them
     if setup.cfg.labels:
         raise ValueError(
             f"'{recipe.model.model_name_or_path}' is a reward model, which gives tokens no probability; use evaluate"

@@ -147,9 +147,11 @@ def set_up(
     training: bool,
     pretrained: Pretrained | None = None,
     loss: Loss | Callable | None = None,
+    unweighed: bool = False,
 ) -> Setup:
     """Loss, model, tokens, rows and mesh of a recipe; for training also how many updates there are.
 
+    `unweighed`: the answers are only scored, so that what the loss wants of the data is not looked at.
     `pretrained` stands in for the model that the recipe names; `loss`, a Loss or a function of PairLogps, for a loss_type.
 
     Raises ValueError or FileNotFoundError with a message that says what to change.
@@ -216,7 +218,10 @@ def set_up(
         raise ValueError(
             f"eval_steps={recipe.run.eval_steps} but there are no held-out pairs; give eval_dataset_name, or leave eval_steps out"
         )
-    train, held_out = (store and _with_needs(store, name, loss, recipe.data, tokenizer) for store in (train, held_out))
+    if not unweighed:
+        train, held_out = (
+            store and _with_needs(store, name, loss, recipe.data, tokenizer) for store in (train, held_out)
+        )
     given = [one for one in (train, held_out) if one is not None]
     reference = _reference(recipe, name, loss, cfg, tokenizer, given, training=training)
     mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor)

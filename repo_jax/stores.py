@@ -96,6 +96,12 @@ def with_rows(recipe: Recipe, **given) -> Recipe:
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **changes))
 
 
+def let_go(recipe: Recipe) -> None:
+    """Forgets the rows that with_rows keeps for a recipe that has done its work."""
+    for name in (recipe.data.dataset_name, recipe.data.eval_dataset_name):
+        GIVEN.pop(name, None)
+
+
 def is_from_python(dataset) -> bool:
     """Whether a name in a recipe stands for rows that a program held."""
     return isinstance(dataset, str) and dataset.startswith(FROM_PYTHON)

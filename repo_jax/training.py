@@ -65,8 +65,8 @@ def train(
     of them see. Raises ValueError, FileNotFoundError or TypeError, before any device work, for what cannot be run, and InterruptedRunError
     when SIGTERM or Ctrl-C has ended it with its state saved.
     """
+    join()  # before another trainer's recipe asks for the devices
     recipe = with_rows(as_recipe(recipe), train_dataset=train_dataset, eval_dataset=eval_dataset)
-    join()
     return run(prepare(recipe, loss))
 
 

@@ -141,8 +141,12 @@ def test_messages_and_numbers_of_numpy_come_through(tmp_path):
     row = {"prompt": turns, "chosen": [{"role": "assistant", "content": "yes"}], "score_chosen": np.float32(0.5)}
     [raw] = source_of([row], "rows").rows()
     assert json.loads(raw.content) == row | {"prompt": turns.tolist(), "score_chosen": 0.5}
-    [raw] = source_of(pandas.DataFrame([{"prompt": "a", "margin": float("nan")}]), "rows").rows()
-    assert json.loads(raw.content) == {"prompt": "a", "margin": None}
+    frame = pandas.DataFrame(
+        [{"prompt": turns, "margin": float("nan"), "seen": pandas.Timestamp("2024-01-01"), "kind": pandas.NA}]
+    )
+    [raw] = source_of(frame, "rows").rows()
+    wanted = {"prompt": turns.tolist(), "margin": None, "seen": "2024-01-01T00:00:00", "kind": None}
+    assert json.loads(raw.content) == wanted
 
 
 def test_rows_are_those_of_the_moment_they_were_given():
@@ -264,6 +268,11 @@ def test_scores_of_rows_with_one_answer_are_those_of_pairs(monkeypatch, tmp_path
         repo_jax.score(recipe, [*single, pairs[0] | {"completion": "", "label": True}]),
     )
     assert both.ids == [pair["id"] for pair in pairs] and one.ids[:2] == ["dataset:1", "dataset:2"]
+    answers = repo_jax.score(recipe, [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in pairs])
+    np.testing.assert_allclose(
+        answers.logps_B2[:, 0], both.logps_B2[:, 0], atol=1e-3
+    )  # of schema sft, which no preference loss would take
+    assert not stores.GIVEN  # what was scored is not kept
     assert one.dropped == {"empty": 1} and not one.margins_B.any() and (one.lengths_B2 == 0).sum() == 12
     np.testing.assert_allclose(one.logps_B2[::2, 0], both.logps_B2[:, 0], atol=1e-3)
     np.testing.assert_allclose(one.logps_B2[1::2, 1], both.logps_B2[:, 1], atol=1e-3)

@@ -106,7 +106,10 @@ def source_of(rows, name: str) -> Source:
     if datasets is not None and isinstance(rows, datasets.Dataset):
         part = _dataset_part(name, name, rows)
     elif pandas is not None and isinstance(rows, pandas.DataFrame):
-        part = _list_part(name, [_without_nan(row) for row in rows.to_dict("records")])
+        whole = rows.astype(object).where(rows.notna(), None)  # NaN, NA and NaT stand for what is not there
+        part = _list_part(
+            name, [{str(column): value for column, value in row.items()} for row in whole.to_dict("records")]
+        )
     elif isinstance(rows, list | tuple):
         part = _list_part(name, rows)
     else:
@@ -129,11 +132,6 @@ def _instead(rows) -> str:
     return "give a list of dicts, a datasets.Dataset or a pandas.DataFrame"
 
 
-def _without_nan(row: dict) -> dict:
-    """A row of a DataFrame, where NaN stands for what is not there."""
-    return {str(name): None if isinstance(value, float) and value != value else value for name, value in row.items()}
-
-
 def _list_part(name: str, rows: Iterable) -> _Part:
     """The rows as they are now, whatever the program does with them later."""
     lines = []
@@ -154,9 +152,11 @@ def _list_part(name: str, rows: Iterable) -> _Part:
 
 
 def _plain(value):
-    """numpy's and pandas' values as Python's."""
+    """numpy's and pandas' values as Python's, moments as text."""
     if hasattr(value, "tolist"):
         return value.tolist()
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
     raise TypeError(f"a {type(value).__name__} is no JSON")
 
 
