@@ -73,7 +73,7 @@ class Programs:
         B = recipe.optim.train_batch_size * (1 + len(loss.groups))
         held = Held(recipe, cfg, mesh)
         self.cfg, self.mesh, self.model = cfg, mesh, decoder(recipe.model, cfg, mesh)
-        self.loss = loss
+        self.loss, self.mode = loss, recipe.optim.mode
         self.optimizer, self.shardings, self.held, self.frozen = held.optimizer, held.shardings, held.bytes, held.frozen
         self.live = held.live
         self.everywhere = NamedSharding(mesh, P())
@@ -97,9 +97,11 @@ class Programs:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Those that updates may run, the largest first."""
+        """Those that a run may take, evaluations among it, the largest first."""
         passes = ("add_weighted", "score", "update")
-        return passes if takes_two_passes(self.loss) else ("add_direct", *passes)
+        if takes_two_passes(self.loss) or self.mode == "two_pass":
+            return passes
+        return ("add_direct", *passes[self.mode == "direct" :])
 
     def _whole(self, shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self.everywhere)

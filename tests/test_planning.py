@@ -363,3 +363,17 @@ def test_a_plan_has_the_form_that_training_takes():
     assert planned().optim.mode == "two_pass"
     with pytest.raises(ValueError, match="mode=direct but loss 'kto' mixes"):
         planned(mode="direct")
+
+
+@pytest.mark.parametrize(
+    "mode, wanted",
+    [
+        ("auto", ("add_direct", "add_weighted", "score", "update")),
+        ("direct", ("add_direct", "score", "update")),
+        ("two_pass", ("add_weighted", "score", "update")),
+    ],
+)
+def test_a_plan_compiles_what_the_mode_runs(mode, wanted):
+    recipe = with_dtypes(recipe_of(optim__mode=mode, optim__train_batch_size=8))
+    mesh = make_mesh(1, 1, 1, jax.devices()[:1])
+    assert Programs(recipe, TINY, mesh, planning.RowShape(4, 48, 40, 0)).names == wanted
