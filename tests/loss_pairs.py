@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from oracles.losses import Pairs
 
 from repo_jax.losses import LOSSES, Loss, PairLogps, make_loss
@@ -151,3 +152,12 @@ def default_state(loss: Loss):
 
 def every_loss():
     return [(name, *make_loss(name)) for name in LOSSES]
+
+
+# Of what holds for every objective, by default: the most used, and one of each kind that the step knows. The others: pytest -m slow.
+USUAL = ("repo", "simpo", "dpo", "ipo", "kto", "orpo", "cpo", "sft", "amapo", "bco", "gamma_po_queue", "tdpo2", "aot", "lcpo", "wpo", "beta_dpo", "rationale_dpo")  # fmt: skip
+
+
+def most(names) -> list:
+    """The names as parameters, those that are not usual marked slow."""
+    return [pytest.param(name, marks=[] if name in USUAL else pytest.mark.slow) for name in names]

@@ -303,6 +303,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(generate):
     assert sum(a != b for a, b in zip(one, other, strict=True)) == len(PROMPTS)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_to_the_same_bytes(generate, data, tmp_path):
     rows = "".join(json.dumps({"prompt": f"Lily had {i} red balls and"}) + "\n" for i in range(100))
     data.write_text(rows, encoding="utf-8")

@@ -128,6 +128,7 @@ def test_a_model_of_which_there_is_no_weight_can_be_measured(untrained):
     assert found["active_fraction"] == found["active_token_fraction"] == 1.0
 
 
+@pytest.mark.slow
 def test_random_weights_have_the_size_of_a_fresh_models(untrained):
     cfg = dataclasses.replace(TINY, unit_offset_norm=True, qkv_bias=True)
     params = Untrained(None, cfg, None).params(one_device(), "bfloat16")

@@ -22,7 +22,9 @@ def evaluated(shape=SHAPE, mesh=None, loss="repo"):
     return evaluate_pairs(scorer, {"params": jax.device_put(params, param_shardings(params, mesh))}, PAIRS)
 
 
-@pytest.mark.parametrize("group", [1, 4, 21, 100])
+@pytest.mark.parametrize(
+    "group", [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(21, marks=pytest.mark.slow), 100]
+)
 def test_metrics_do_not_depend_on_batches_rows_or_mesh(monkeypatch, group):
     plain = evaluated()
     monkeypatch.setattr(evaluation, "GROUP", group)

@@ -521,6 +521,9 @@ def trained(monkeypatch):
 
 
 def test_train_takes_num_processes_for_accelerates_unless_processes_are_told(trained, failure, monkeypatch, capsys):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.setenv(name, "")  # what the command puts there goes with this test
+        monkeypatch.delenv(name)
     source = str(path_of("llama-3-8b-instruct-simpo"))
     assert cli.main(["train", source, "--num_processes", "8"]) == 0
     assert trained["recipe"].optim.train_batch_size == 256 and "JAX_NUM_PROCESSES" not in trained["joined"]

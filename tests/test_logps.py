@@ -424,6 +424,7 @@ def test_bfloat16_stays_within_rounding_of_float32_in_value_and_gradient():
     assert flat @ low_flat >= 0.99 * np.linalg.norm(flat) * np.linalg.norm(low_flat)
 
 
+@pytest.mark.slow
 def test_in_bfloat16_the_gradient_of_a_frequent_token_is_still_summed_in_float32():
     """2048 times the same small cotangent: a bfloat16 sum stalls at a fraction of it."""
     params = random_params(TINY)

@@ -258,6 +258,7 @@ def test_what_would_fit_has_bfloat16_adapters_and_a_larger_slice(monkeypatch):
     assert [one["fits"] for one in found] == [False, False, True, False, True]
 
 
+@pytest.mark.slow
 def test_a_search_tries_meshes_rows_and_remat_and_no_mesh_that_the_model_refuses():
     tried = list(candidates(RECIPE, LLAMA, parse_topology("v6e:2x2", 2)))
     assert {changes["mesh.data"] for changes, _ in tried} == {2, 4, 8}  # slices are spanned by data

@@ -1,6 +1,7 @@
 """What the README tells people to type does what it says: ours for real, on a small model and few pairs; programs of others and of clouds are stand-ins."""
 
 import json
+import math
 import os
 import pathlib
 import re
@@ -17,6 +18,7 @@ from examples import ASSETS, ROOT, STORIES
 from readme import BLOCKS, EXAMPLE, PAGE
 
 from repo_jax import cli
+from repo_jax.run_folder import read_metrics
 
 OURS, CLOUDS = "repo-jax", ("bash launch/tpu_vm.sh", "bash launch/gke.sh", "bash launch/slurm_gpu.sh", "sky")
 # What would take a large model, or many updates.
@@ -160,10 +162,13 @@ def test_a_command_runs_as_it_is_written(line, world, stand_ins, monkeypatch, tm
             assert (ROOT / file).exists() or (world / file).exists(), file
 
 
-@pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.split("\n")[0])
-def test_a_block_of_python_runs_as_it_is_written(block, world, monkeypatch):
+def test_its_own_objective_trains(world, monkeypatch):
     monkeypatch.setenv("HOME", str(world))
+    [block] = PYTHON
     exec(compile(block, "README.md", "exec"), {"__name__": "reader"})
+    logged = read_metrics(world / "runs" / "my_loss" / "metrics.jsonl")
+    assert logged[0]["loss"] == pytest.approx(math.log1p(math.exp(0.5)), abs=1e-5)  # the reference is the model itself
+    assert "my_loss (beta 0.2, gamma 0.5)" in (world / "runs" / "my_loss" / "report.md").read_text()
 
 
 def test_the_files_it_points_to_are_there():

@@ -3,19 +3,17 @@
 import dataclasses
 import json
 import math
-import re
 import shutil
-import textwrap
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from examples import ROOT, STORIES, one_device, short_pairs
+from examples import STORIES, one_device, short_pairs
 
 from repo_jax import reference
-from repo_jax.config import dump_recipe, load_recipe, to_recipe
+from repo_jax.config import load_recipe, to_recipe
 from repo_jax.data.groups import Mismatched
 from repo_jax.data.schema import DamagedStoreError
 from repo_jax.evaluation import evaluate_setup
@@ -238,20 +236,6 @@ def test_rows_with_one_answer_train(folder, tmp_path):
     assert results["after"]["rewards/margins"] > 0 and (output / "report.md").exists()
 
 
-def test_the_objective_in_the_readme_trains(folder, tmp_path, monkeypatch):
-    block = re.search(
-        r"\n    import jax, repo_jax\n.*?loss=my_loss\n", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
-    )
-    code = textwrap.dedent(block[0])
-    recipe = recipe_in(folder, None, {"output_dir": str(tmp_path / "run")}, {"max_steps": 1})
-    (tmp_path / "recipe.yaml").write_text(dump_recipe(dataclasses.replace(recipe, loss={})), encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    exec(code, {})
-    logged = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    assert logged[0]["loss"] == pytest.approx(math.log1p(math.exp(0.5)), abs=1e-5)
-    assert "my_loss (beta 0.2, target 0.5)" in (tmp_path / "run" / "report.md").read_text()
-
-
 @pytest.mark.slow
 def test_gamma_comes_from_the_first_margins_and_stays(folder, tmp_path, capsys):
     output = tmp_path / "run"
@@ -296,6 +280,7 @@ def test_gamma_auto_is_answered_where_it_cannot_be(folder, loss, message):
         set_up(dataclasses.replace(recipe_in(folder), loss={"gamma": "auto"}), training=True, loss=DPO)
 
 
+@pytest.mark.slow
 def test_a_rationale_of_the_data_is_trained_on(folder, tmp_path):
     def with_reasons(pairs, *, gamma=0.1):
         return jax.nn.softplus(-pairs.mean_margin_B) - jax.nn.log_sigmoid(
@@ -325,6 +310,7 @@ def test_a_rationale_of_the_data_is_trained_on(folder, tmp_path):
         set_up(recipe, training=True, loss=loss)
 
 
+@pytest.mark.slow
 def test_a_running_state_goes_on_from_a_checkpoint_and_evaluation_leaves_it(folder, tmp_path):
     def counting(pairs, *, beta=0.1, state, training):
         """Against the mean margin of all pairs seen so far."""

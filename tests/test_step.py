@@ -369,6 +369,7 @@ def test_the_gradient_of_adapters_is_one_function_of_the_pairs_too():
         np.testing.assert_allclose(metrics["loss"], wanted_metrics["loss"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_dropout_drops_depends_on_seed_and_update_alone():
     step, adapters = adapted_step(dropout=0.3)
     first, other = (step.mean_grads(adapters, sixteen_pairs(), update=k)[0] for k in (0, 1))

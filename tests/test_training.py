@@ -415,6 +415,7 @@ def test_sigterm_before_the_first_update_wants_the_same_command_again_too(recipe
     assert "update 1/" not in output and not list(run.glob("checkpoint-*"))
 
 
+@pytest.mark.slow
 def test_a_single_file_trains_without_held_out_pairs(recipe, tmp_path):
     file = pathlib.Path(yaml.safe_load(recipe.read_text())["data"]["dataset_name"], "train.jsonl")
     output = finished(command(recipe, tmp_path / "run", "--dataset_name", str(file), "--max_steps", "1"))

@@ -319,6 +319,7 @@ def test_a_run_that_cannot_be_kept_at_its_url_stops_before_it_begins(store, reci
     assert "hidden" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_processes_that_see_different_folders_under_one_name_are_told(tmp_path):
     tree = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text(encoding="utf-8"))
     tree["model"]["model_name_or_path"] = str(STORIES)
