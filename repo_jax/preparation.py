@@ -263,9 +263,10 @@ def without_auto(loss: dict) -> tuple[dict, float | None]:
 def _check_auto(name: str, loss: Loss, hparams: dict, *, training: bool) -> None:
     if "gamma" not in hparams:
         raise ValueError(f"gamma=auto but loss '{name}' has no hyperparameter 'gamma'; leave it out")
-    if loss.reference or loss.layout != "pairs":
+    if loss.reference or loss.layout != "pairs" or not loss.margin_gamma:
         raise ValueError(
-            f"gamma=auto but the margins of loss '{name}' are not those of log-probs per token; give a number"
+            f"gamma=auto is a margin of log-probs per token, and gamma of loss '{name}' is not known to be one alone; give a number, or "
+            "where the loss is your own and its gamma is one, Loss(..., margin_gamma=True)"
         )
     if not training:
         raise ValueError("gamma=auto is found out by training; give the number that the run's recipe.yaml has")

@@ -20,10 +20,11 @@ from repo_jax import plots
 from repo_jax.config import dump_recipe
 from repo_jax.data.schema import PairTokens
 from repo_jax.data.store import DROPPED, NOTICED, TokenStore
-from repo_jax.losses import LOSSES, title_of
+from repo_jax.losses import ALIASES, LOSSES, title_of
 from repo_jax.preparation import Setup
 from repo_jax.progress import describe, objective_of
 from repo_jax.run_folder import RunFolder, read_margins, read_metrics, read_results
+from repo_jax.stores import is_from_python
 
 SUMMARY = {
     # metric                 what it is called
@@ -35,6 +36,11 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers"
 SAMPLE = 256  # training pairs that are scored before and after where nothing is held out
 PAIRS = 4  # that are shown from each end
 LETTERS = 900  # of a text that are shown at most
+# What stands for rows of a Python program in a call of train.
+ROWS = {"dataset_name": "train_dataset=rows", "eval_dataset_name": "eval_dataset=held_out_rows"}
+# What reading, drawing and writing raise where a run's numbers, files or fonts are odd.
+FAULTS = (ArithmeticError, EOFError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+FAULTS += (jinja2.TemplateError,)
 # Characters that would do something rather than be seen.
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -56,7 +62,7 @@ class Margins(NamedTuple):
 
     of: str  # which pairs these are
     after: Mapping[int, np.ndarray]  # so many updates: [B]
-    gammas: Mapping[int, float]  # at these updates; none where the objective has none in nats per token
+    gammas: Mapping[int, float]  # at these updates; none where the objective has none that is a margin
     longer_B: np.ndarray  # scored tokens of the chosen answer less those of the rejected one
     worst: Sequence[Pair]
     best: Sequence[Pair]
@@ -141,9 +147,11 @@ def _margins(setup: Setup, folder: pathlib.Path, metrics: list[dict]) -> Margins
     if not len(which) or not {0, setup.total_steps} <= after.keys():
         return None
     finite = np.all([np.isfinite(margins_B) for margins_B in after.values()], axis=0)
+    if not finite.any():
+        return None
     which, after = which[finite], {step: margins_B[finite] for step, margins_B in after.items()}
     first, last = after[0], after[setup.total_steps]
-    gamma = None if setup.loss.reference else setup.hparams.get("gamma")
+    gamma = setup.hparams.get("gamma") if setup.loss.margin_gamma else None
     ends = {0: gamma, setup.total_steps: setup.hparams.get("gamma_end", gamma)}
     gammas = {step: evaluated.get(step, {}).get("eval_gamma", ends.get(step, gamma)) for step in after}
     order = np.argsort(last, kind="stable")
@@ -194,14 +202,18 @@ def _versions(setup: Setup) -> dict[str, str]:
 
 
 def _command(setup: Setup, place: RunFolder) -> str:
-    """What runs the same again. An objective of one's own has no command."""
-    recipe = place.shown("recipe.yaml")
+    """What runs the same again: a line of Python where the objective is one's own or rows were given there, for which there is no command."""
+    recipe, again, data = place.shown("recipe.yaml"), f"{place}-again", setup.recipe.data
     kinds = setup.recipe.loss["loss_type"]
-    if any(kind not in LOSSES for kind in ([kinds] if isinstance(kinds, str) else kinds)):
-        overrides = '{"run.output_dir": "NEW_FOLDER"}'
-        return f"repo_jax.train(repo_jax.load_recipe({recipe!r}, {overrides}), loss={title_of(kinds)})"
-    auto = [] if setup.gamma_quantile is None else ["--gamma", "auto"]
-    return shlex.join(["repo-jax", "train", recipe, *auto, "--output_dir", f"{place}-again"])
+    auto = {} if setup.gamma_quantile is None else {"gamma": "auto"}
+    given = [argument for field, argument in ROWS.items() if is_from_python(getattr(data, field))]
+    if any(ALIASES.get(kind, kind) not in LOSSES for kind in ([kinds] if isinstance(kinds, str) else kinds)):
+        given.append(f"loss={title_of(kinds)}")
+    if given:
+        overrides = {"run.output_dir": again} | {f"loss.{name}": value for name, value in auto.items()}
+        return f"repo_jax.train({', '.join([f'repo_jax.load_recipe({recipe!r}, {overrides!r})', *given])})"
+    flags = [word for name, value in auto.items() for word in (f"--{name}", value)]
+    return shlex.join(["repo-jax", "train", recipe, *flags, "--output_dir", again])
 
 
 # Facts, written
@@ -210,6 +222,7 @@ def _command(setup: Setup, place: RunFolder) -> str:
 def write_report(folder: pathlib.Path, facts: Facts) -> pathlib.Path:
     """report.html, and report.md with its plots, in FOLDER; returns the path of the former."""
     trained = [line for line in facts.metrics if "loss" in line]
+    results = facts.results or {}
     margins, drawn = facts.margins, {}
     if margins is not None:
         last_B = margins.after[facts.total]
@@ -220,7 +233,7 @@ def write_report(folder: pathlib.Path, facts: Facts) -> pathlib.Path:
         plot.write_png(folder)
     known = {
         "facts": facts,
-        "summary": summary_rows(facts.results["before"], facts.results["after"]) if facts.results else [],
+        "summary": summary_rows(results["before"], results["after"]) if {"before", "after"} <= results.keys() else [],
         "about": _nested(facts.about),
         "plots": drawn,
         "curves": curves,
@@ -244,9 +257,11 @@ def _held_out(facts: Facts) -> dict[int, dict]:
         for line in facts.metrics
         if "eval_loss" in line
     }
-    if facts.results is None:
-        return found
-    return {0: facts.results["before"]} | found | {facts.total: facts.results["after"]}
+    results = facts.results or {}
+    first, last = (
+        {step: results[when]} if when in results else {} for step, when in ((0, "before"), (facts.total, "after"))
+    )
+    return first | found | last
 
 
 def _nested(lines: Sequence[str]) -> list[tuple[str, list[str]]]:

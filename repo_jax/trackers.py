@@ -1,6 +1,7 @@
 """Metrics to TensorBoard, Weights & Biases and trackio, under the names that Hugging Face's Trainer gives them there."""
 
 import importlib.util
+import json
 import os
 import pathlib
 import secrets
@@ -46,15 +47,15 @@ class TensorBoard:
     def __init__(self, folder: pathlib.Path, config: dict, start: int):
         from tensorboardX import SummaryWriter
 
-        # What an earlier start has written beyond its checkpoint is done again, and dropped by TensorBoard.
-        purge = {"purge_step": start + 1} if start else {}
+        # What an earlier start has written beyond its checkpoint, all of it where it had none, is done again, and dropped by TensorBoard.
+        purge = start + 1 if start else 0
         # Files are named by the second; a suffix keeps one start from writing over another.
-        self._writer = SummaryWriter(str(folder), filename_suffix=f".{start}", **purge)
+        self._writer = SummaryWriter(str(folder), filename_suffix=f".{start}", purge_step=purge)
         if not start:
             text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
             self._writer.add_text("recipe", "".join(f"    {line}\n" for line in text.splitlines()), 0)
 
-    def log(self, step: int, values: dict[str, float]) -> None:
+    def log(self, step: int, values: dict[str, float], *, last: bool) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
@@ -78,9 +79,10 @@ class WandB:
         self._run.define_metric("train/global_step")
         self._run.define_metric("*", step_metric="train/global_step", step_sync=True)
 
-    def log(self, step: int, values: dict[str, float]) -> None:
-        if step >= self._run.step:  # else it is there already, from before the run went on
-            self._run.log(values | {"train/global_step": step}, step=step)
+    def log(self, step: int, values: dict[str, float], *, last: bool) -> None:
+        # It drops what comes before its own step, which has gone on where the last evaluation is of a later start.
+        if last or step >= self._run.step:
+            self._run.log(values | {"train/global_step": step}, step=max(step, self._run.step))
 
     def close(self, *, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
@@ -96,7 +98,7 @@ class Trackio:
         self._trackio = trackio
         trackio.init(project=project, name=f"{name}-{own_id}", config=config, resume="allow")
 
-    def log(self, step: int, values: dict[str, float]) -> None:
+    def log(self, step: int, values: dict[str, float], *, last: bool) -> None:
         self._trackio.log(values | {"train/global_step": step}, step=step)
 
     def close(self, *, failed: bool) -> None:
@@ -104,16 +106,29 @@ class Trackio:
 
 
 class Trackers:
-    """All that `report_to` names, in a with statement; process 0 reports. One that fails later on is given up, and training goes on."""
+    """All that `report_to` names, in a with statement; process 0 reports. One that fails later on is given up, and training goes on.
+
+    What each was sent last stands in the folder's tracker_sent.json, as [step, whether it was the last evaluation]: a run that goes on from
+    its checkpoint does some updates again, and sends none twice.
+    """
 
     def __init__(self):
-        self._open = {}
+        self._open, self._sent, self._record = {}, {}, None
 
     def start(self, setup: Setup, place: RunFolder, start: int) -> None:
-        """Goes on in the runs that the folder's run has there, or begins new ones. Raises StoppedError where one cannot."""
+        """Goes on in the runs that the folder's run has there, or begins new ones; a run that is over has nothing to report.
+
+        Raises StoppedError where one cannot.
+        """
         names = setup.recipe.run.trackers
-        if not names or not primary():
+        over = start == setup.total_steps and (place.here / "report.html").exists()  # the last that a run writes
+        if not names or not primary() or over:
             return
+        self._record = place.here / "tracker_sent.json"
+        if start and self._record.exists():
+            self._sent = json.loads(self._record.read_text(encoding="utf-8"))
+        if "tensorboard" in self._sent:  # it drops what is beyond the checkpoint
+            self._sent["tensorboard"] = min(self._sent["tensorboard"], [start, True])
         config = yaml.safe_load(dump_recipe(setup.recipe))
         own_id = "" if names == ("tensorboard",) else _own_id(place.here, start)
         name = str(place).rstrip("/").rpartition("/")[2]
@@ -129,15 +144,19 @@ class Trackers:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise StoppedError(f"report_to {tracker}: {reason}; put that right, or leave {tracker} out") from error
 
-    def log(self, line: dict) -> None:
-        """A line of metrics.jsonl."""
-        values = as_trainer(line)
-        for tracker, there in list(self._open.items()) if values else ():
+    def log(self, line: dict, *, last: bool = False) -> None:
+        """A line of metrics.jsonl, or the evaluation after the last update, which comes after the line of that update."""
+        values, at = as_trainer(line), [line["step"], last]
+        new = {name: there for name, there in self._open.items() if values and at > self._sent.get(name, [-1, False])}
+        for tracker, there in new.items():
             try:
-                there.log(line["step"], values)
+                there.log(line["step"], values, last=last)
+                self._sent[tracker] = at
             except Exception as error:
                 del self._open[tracker]
                 say(f"warning: {tracker} fails ({error}); from update {line['step']} on nothing is reported there")
+        if new:
+            write_whole(self._record, json.dumps(self._sent) + "\n")
 
     def __enter__(self):
         return self

@@ -26,7 +26,7 @@ from repo_jax.optimizer import make_optimizer
 from repo_jax.preparation import Setup, keep_programs, set_up
 from repo_jax.progress import Compiled, Log, as_held_out, banner, compiled, say
 from repo_jax.reference import live_reference, with_reference
-from repo_jax.report import facts_of, summary_text, watched, write_report
+from repo_jax.report import FAULTS, facts_of, summary_text, watched, write_report
 from repo_jax.run_folder import (
     RunFolder,
     claim,
@@ -126,8 +126,7 @@ def _run(
                 place.keep()
         scorer = scorer.of(setup.loss, setup.hparams)
         live = live_reference(setup, frozen)
-        if start < setup.total_steps:
-            trackers.start(setup, place, start)
+        trackers.start(setup, place, start)
         if not start:
             found = look(setup, folder, "before", scorer, variables_of(state.params, frozen, live))
             trackers.log({"step": 0} | as_held_out(found))
@@ -148,7 +147,7 @@ def _run(
         stopping_at_once()
     ):  # several processes too: JAX's service would only note SIGTERM for an update that never comes
         found = look(setup, folder, "after", scorer, variables_of(params, frozen, live), loss_state, 1.0)
-        trackers.log({"step": setup.total_steps} | as_held_out(found))
+        trackers.log({"step": setup.total_steps} | as_held_out(found), last=True)
         place.keep()
         finish(setup, params, frozen, place)
     return folder
@@ -274,14 +273,21 @@ def finish(setup: Setup, params: dict, frozen: dict | None, place: RunFolder) ->
 
 
 def _tell(setup: Setup, place: RunFolder, results: dict | None, difference: float, *, adapter: bool) -> None:
-    report = write_report(place.here, facts_of(setup, place))
+    try:
+        report = write_report(place.here, facts_of(setup, place))
+    except FAULTS as error:  # a picture must not cost the model its way to the Hub
+        report, reason = None, (str(error).strip() or "no reason given").splitlines()[0]
+        say(
+            f"warning: the report fails ({type(error).__name__}: {reason}); the model is whole, and the same command tries again"
+        )
     place.keep(last=True)
-    if results is not None:
+    if results is not None and "before" in results:
         say(f"\n{results['pairs']} held-out pairs\n{summary_text(results['before'], results['after'])}\n")
     say(f"model   {place.shown('hf')}  (reloaded; log-probs within {difference:.1g} of the trained model's)")
     if adapter:
         say(f"adapter {place.shown('adapter')}  (for PEFT)")
-    say(f"report  {place.shown(report.name)}  (and report.md)")
+    if report is not None:
+        say(f"report  {place.shown(report.name)}  (and report.md)")
     if setup.push_to is not None:
         run = setup.recipe.run
         page = push_export(place.here / "hf", setup.push_to, private=run.hub_private_repo, revision=run.hub_revision)

@@ -35,12 +35,12 @@ referred = functools.partial(Loss, reference=True)
 LOSSES = {
     # loss_type           function
     # Reference-free
-    "repo":               Loss(free.repo, vouched="paper's code"),
-    "repo++":             Loss(free.repo_pp, vouched="paper"),
-    "simpo":              Loss(free.simpo, vouched="TRL"),
-    "simpo_hinge":        Loss(free.simpo_hinge, vouched="paper's code"),
+    "repo":               Loss(free.repo, margin_gamma=True, vouched="paper's code"),
+    "repo++":             Loss(free.repo_pp, margin_gamma=True, vouched="paper"),
+    "simpo":              Loss(free.simpo, margin_gamma=True, vouched="TRL"),
+    "simpo_hinge":        Loss(free.simpo_hinge, margin_gamma=True, vouched="paper's code"),
     "cpo":                Loss(free.cpo, vouched="TRL"),
-    "cpo_simpo":          Loss(free.cpo_simpo, vouched="TRL"),
+    "cpo_simpo":          Loss(free.cpo_simpo, margin_gamma=True, vouched="TRL"),
     "orpo":               Loss(free.orpo, vouched="TRL"),
     "alphapo":            Loss(free.alphapo, vouched="TRL"),
     "slic":               Loss(free.slic, vouched="other code"),
@@ -83,12 +83,12 @@ LOSSES = {
     "rationale_dpo":      referred(ref.rationale_dpo, groups=("rationale",), vouched="paper's code"),
     # Of the whole batch, or with a running state
     "amapo":              Loss(batch.amapo, coupled=True, vouched="paper's code"),
-    "gamma_po":           Loss(batch.gamma_po, coupled=True, vouched="paper's code"),
+    "gamma_po":           Loss(batch.gamma_po, margin_gamma=True, coupled=True, vouched="paper's code"),
     "gamma_po_dpo":       referred(batch.gamma_po_dpo, coupled=True, vouched="paper's code"),
-    "gamma_po_queue":     Loss(batch.gamma_po_queue, coupled=True, initial_state=batch.gap_queue, vouched="paper's code"),
+    "gamma_po_queue":     Loss(batch.gamma_po_queue, margin_gamma=True, coupled=True, initial_state=batch.gap_queue, vouched="paper's code"),
     "aot":                referred(batch.aot, coupled=True, vouched="TRL"),
     "aot_unpaired":       referred(batch.aot_unpaired, coupled=True, vouched="TRL"),
-    "alpha_dpo":          referred(batch.alpha_dpo, coupled=True, initial_state=batch.standard_statistics, vouched="paper's code"),
+    "alpha_dpo":          referred(batch.alpha_dpo, margin_gamma=True, coupled=True, initial_state=batch.standard_statistics, vouched="paper's code"),
     "beta_dpo":           referred(batch.beta_dpo, coupled=True, initial_state=batch.random_statistics, vouched="paper's code"),
     "lcpo":               referred(batch.lcpo, coupled=True, initial_state=batch.label_confidence),
     # Of single answers
@@ -108,6 +108,8 @@ RANGES = {
     "gamma": (-math.inf, math.inf, "a number, in nats per token"),
     "gamma_end": (-math.inf, math.inf, "a number, in nats per token"),
     "repo++_dpo.gamma": (-math.inf, math.inf, "a number, in nats per answer"),
+    "gamma_po_dpo.gamma": (-math.inf, math.inf, "a number, in nats per answer"),
+    "alphapo.gamma": (-math.inf, math.inf, "a number, in units of u"),
     "beta": POSITIVE,
     "label_smoothing": (0.0, 0.5, "a number from 0 to below 0.5"),
     "exo_pair.label_smoothing": (LEAST, 0.5, "a number above 0 and below 0.5"),

@@ -131,6 +131,7 @@ def sum_of(losses: Mapping[str, Loss], weights: Sequence[float], takes: Mapping[
     def every(field):
         return tuple(dict.fromkeys(one for loss in losses.values() for one in getattr(loss, field)))
 
+    gammas = [loss.margin_gamma for name, loss in losses.items() if "gamma" in takes[name]]
     lists = {field: every(field) for field in ("columns", "answer_columns", "terms", "groups", "data")}
     return Loss(
         fn,
@@ -138,6 +139,7 @@ def sum_of(losses: Mapping[str, Loss], weights: Sequence[float], takes: Mapping[
         coupled=any(loss.coupled for loss in losses.values()),
         initial_state=functools.partial(_initial, stateful) if stateful else None,
         layout=next((loss.layout for loss in losses.values() if loss.layout != "chosen"), "chosen"),
+        margin_gamma=bool(gammas) and all(gammas),
         **lists,
     )
 

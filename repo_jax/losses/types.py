@@ -124,6 +124,8 @@ class Loss(NamedTuple):
     # What it is of: pairs of answers; answers by themselves, for which rows with one answer and a label will do; or chosen answers, for which
     # rows with one answer will do.
     layout: Literal["pairs", "answers", "chosen"] = "pairs"
+    # Its gamma is a margin on the scale of M (mean_margin_B, nats per token): margins can be compared with it, and it can be taken from them.
+    margin_gamma: bool = False
     vouched: str = "own reading"  # whose numbers the tests hold it to: see VOUCHED in catalogue.py
 
     def __call__(
