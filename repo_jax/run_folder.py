@@ -171,11 +171,17 @@ def claim(setup: Setup) -> None:
             write_base(setup.pretrained.files, setup.cfg, setup.tokenizer, folder / "base")
             write_whole(claimed, yaml.safe_dump(own, sort_keys=False, allow_unicode=True))
         if setup.gamma_quantile is not None and trained and (gamma := found_gamma(folder)) is not None:
-            recipe = dataclasses.replace(recipe, loss=recipe.loss | {"gamma": gamma})
+            recipe = with_found_gamma(recipe, gamma)
         write_whole(folder / "recipe.yaml", dump_recipe(recipe))
     if run.url is not None:
         _send_all(run)
     wait_for_all("claimed output_dir")
+
+
+def with_found_gamma(recipe: Recipe, gamma: float) -> Recipe:
+    """The recipe with the number that its `gamma: auto` has come to, as one may run it again."""
+    loss = {name: value for name, value in recipe.loss.items() if name != "gamma_quantile"}
+    return dataclasses.replace(recipe, loss=loss | {"gamma": gamma})
 
 
 def found_gamma(folder: pathlib.Path) -> float | None:

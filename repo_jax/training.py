@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import contextlib
-import dataclasses
 import os
 import pathlib
 from collections import deque
@@ -35,6 +34,7 @@ from repo_jax.run_folder import (
     save_evaluation,
     save_margins,
     what_runs,
+    with_found_gamma,
     write_whole,
 )
 from repo_jax.state import TrainState, initial_state, state_shapes, state_shardings, variables_of
@@ -177,8 +177,7 @@ def first_gamma(setup: Setup, scorer: Scorer, variables: dict) -> float:
 
 
 def with_gamma(setup: Setup, gamma: float) -> Setup:
-    recipe = dataclasses.replace(setup.recipe, loss=setup.recipe.loss | {"gamma": gamma})
-    return setup._replace(recipe=recipe, hparams=setup.hparams | {"gamma": gamma})
+    return setup._replace(recipe=with_found_gamma(setup.recipe, gamma), hparams=setup.hparams | {"gamma": gamma})
 
 
 def batches_ahead(setup: Setup, step: TrainStep, start: int) -> Iterator[tuple[int, list[PairTokens], list[RowBatch]]]:

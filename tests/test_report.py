@@ -268,8 +268,6 @@ def test_objectives_without_margins_or_gamma_have_none_and_of_ones_own_there_is_
     found = facts_of(setup, RunFolder(setup.recipe))
     assert found.margins.gammas == {} and found.command.startswith("repo_jax.train(repo_jax.load_recipe('")
     assert found.command.endswith(", loss=my_loss)")
-    setup.recipe, setup.gamma_quantile = run_of(tmp_path, None).recipe, 0.9
-    assert "recipe.yaml --gamma auto --output_dir" in facts_of(setup, RunFolder(setup.recipe)).command
 
 
 # Numbers
