@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from repo_jax.trainers import (
+    CPO_KEYS,
     DPO_KEYS,
     DPO_LOSSES,
     FAMILIES,
@@ -24,6 +25,7 @@ from repo_jax.trainers import (
     OF_2024,
     ONLY,
     OPTIMIZERS,
+    ORPO_KEYS,
     SCHEDULES,
     SFT_KEYS,
     SIMPO_KEYS,
@@ -34,6 +36,11 @@ from repo_jax.trainers import (
 )
 
 CADENCE = "a run is evaluated before and after training, and keeps a checkpoint at its end, besides what run.eval_steps and save_steps say"
+# Keys whose values are not shown, and those that only sound like them.
+SECRET = re.compile(r"token$|(^|_)key$|api_?key|secret|passw|credential|^env$|_init_kwargs$", re.IGNORECASE)
+TOKENS_OF_TEXT = re.compile(r"(eos|pad|bos|unk|sep|cls|mask|image)_token$")
+# Leaves of which a recipe has one.
+ONE_OF = {"data.dataset_name": "data.dataset_mixer", "data.dataset_mixer": "data.dataset_name"}
 # What the code released with SimPO and RePO gives any model with "mistral" in its name, whatever the tokenizer has.
 MISTRAL_TEMPLATE = """\
 {%- set lead = namespace(text='') -%}
@@ -166,11 +173,24 @@ class _Sheet:
         """A key's value, or what the trainer takes where the key is left out."""
         return self.given[key] if key in self.given else self.trainer.defaults.get(key)
 
+    def now(self, key: str, target: str | None) -> Any:
+        """What the run has for a key: what the user says of `target` instead, or what `get` has."""
+        return self.overrides.get(target, self.get(key))
+
+    def switch(self, key: str, target: str) -> bool:
+        """Whether the user, or else the recipe, switches on what other keys are of."""
+        on = bool(self.now(key, target))
+        if key in self.given and (on or target in self.overrides):
+            self.put(key, target, True)
+        return on
+
     def put(self, key: str, target: str, value: Any, why: str = "") -> None:
         """What the key becomes; `why` where that surprises."""
         section, leaf = target.split(".")
-        if target in self.overrides:
-            self.told[key] = f"is not looked at, for --{leaf} says otherwise"
+        other = ONE_OF.get(target)
+        if target in self.overrides or self.overrides.get(other) is not None:
+            said = leaf if target in self.overrides else other.split(".")[1]
+            self.told[key] = f"is not looked at, for --{said} says otherwise"
             return
         self.tree.setdefault(section, {})[leaf] = value
         changed = "" if value == self.get(key) else f" {_value(value)}"
@@ -193,19 +213,25 @@ class _Sheet:
         if value is None:
             return self.say(key, "null leaves it to the default")
         if key in ONLY:
-            harmless, line = ONLY[key]
-            return self.say(key, "it is so here") if value in harmless else self.refuse(key, line)
+            harmless, line, *instead = ONLY[key]
+            return self.say(key, "it is so here") if value in harmless else self.refuse(key, line, *instead)
         return self.say(
             key,
             UNNEEDED.get(key)
             or next((line for start, line in FAMILIES.items() if key.startswith(start)), "nothing here reads it"),
         )
 
-    def number(self, key: str, least: float = -math.inf, instead: str | None = None) -> float:
-        """A number that something is computed from; where it is none, `least` or 1 stands in for it."""
-        value = self.get(key)
+    def number(
+        self, key: str, least: float = -math.inf, target: str | None = None, instead: str | None = None
+    ) -> float:
+        """A number that something is computed from, which a flag for `target` says, too, and which one for `instead` makes needless.
+
+        Where it is none, `least` or 1 stands in for it; a flag's value is refused with the recipe.
+        """
+        value = self.now(key, target)
         if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
-            self.refuse(key, "give a number" + ("" if least == -math.inf else f", {least:g} or more"), instead)
+            wanted = "give a number" + ("" if least == -math.inf else f", {least:g} or more")
+            self.refuse(key, wanted, target or instead)
             return max(least, 1)
         return value
 
@@ -219,6 +245,7 @@ class _Sheet:
 
 
 def _value(value: Any) -> str:
+    value = _bare(value)
     if isinstance(value, str):
         first = value.split("\n")[0]
         return first if first == value and len(value) < 60 else f"{first[:56]} ..."
@@ -227,7 +254,30 @@ def _value(value: Any) -> str:
 
 
 def _shown(key: str, value: Any) -> str:
-    return f"{key}: {_value(value)}"
+    return f"{key}: {'...' if value and _secret({key: value}) else _value(value)}"
+
+
+def _secret(value: Any) -> bool:
+    """Whether a key in it names something that is nobody else's."""
+    if isinstance(value, list):
+        return any(map(_secret, value))
+    return isinstance(value, dict) and any(
+        bool(SECRET.search(str(key)) and not TOKENS_OF_TEXT.search(str(key))) or _secret(below)
+        for key, below in value.items()
+    )
+
+
+def _bare(value: Any) -> Any:
+    """The value without what is secret in its texts: users and passwords in URLs, and tokens."""
+    if isinstance(value, dict):
+        return {_bare(key): _bare(below) for key, below in value.items()}
+    if isinstance(value, list):
+        return [_bare(below) for below in value]
+    if not isinstance(value, str) or not ("://" in value or "hf_" in value):
+        return value
+    from repo_jax.urls import scrubbed, shown  # only now, for what they import takes a while
+
+    return scrubbed(shown(value))
 
 
 # Model and adapters
@@ -250,7 +300,8 @@ def _model(sheet: _Sheet) -> None:
                 "a tokenizer's folder; give its template as a .jinja file: --chat_template",
                 "model.chat_template",
             )
-    if sheet.trainer.own is SIMPO_KEYS and "mistral" in str(name).lower():
+    trained = sheet.now("model_name_or_path", "model.model_name_or_path")
+    if sheet.trainer.own is SIMPO_KEYS and "mistral" in str(trained).lower():
         _set(sheet, "model.chat_template", MISTRAL_TEMPLATE, "of every model with 'mistral' in its name")
         if "chat_template" in given and "model.chat_template" not in sheet.overrides:
             sheet.told["chat_template"] = (
@@ -261,8 +312,7 @@ def _model(sheet: _Sheet) -> None:
     if (keep := sheet.get("gradient_checkpointing")) is not None:
         sheet.put("gradient_checkpointing", "model.remat", "full" if keep else "none")
     adapters = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
-    if sheet.get("use_peft"):
-        sheet.put("use_peft", "model.use_peft", True)
+    if sheet.switch("use_peft", "model.use_peft"):
         for key in adapters:
             if (value := sheet.get(key)) is not None:
                 sheet.put(key, f"model.{key}", value)
@@ -289,11 +339,16 @@ def _data(sheet: _Sheet) -> None:
             sheet.put("dataset_test_split", "data.dataset_test_split", sheet.get("dataset_test_split"))
         else:
             sheet.put("dataset_test_split", "data.dataset_test_split", None, "eval_strategy is no")
+    if given.get("ld_alpha") is not None:
+        sheet.put("ld_alpha", "data.ld_alpha", given["ld_alpha"])
+    if sheet.trainer.own in (CPO_KEYS, ORPO_KEYS) and not sheet.trainer.official:
+        _set(sheet, "data.append_eos", "always", "behind every answer")
     _lengths(sheet)
 
 
 def _evaluates(sheet: _Sheet) -> bool:
-    return _strategy(sheet, "eval_strategy", "evaluation_strategy") != "no" or bool(sheet.get("do_eval"))
+    named = _strategy(sheet, "eval_strategy", "evaluation_strategy") != "no"
+    return named or bool(sheet.get("do_eval")) or sheet.overrides.get("run.eval_steps") is not None
 
 
 def _strategy(sheet: _Sheet, *names: str) -> str:
@@ -416,8 +471,9 @@ def _lengths(sheet: _Sheet) -> None:
         sheet.say("max_length", "max_seq_length goes before it")
     if prompt is not None:
         sheet.put("max_prompt_length", "data.max_prompt_length", prompt)
+    prompt = sheet.overrides.get("data.max_prompt_length", prompt)
     mode = given.get("truncation_mode", "keep_end" if sheet.trainer.official else "keep_start")
-    if sheet.trainer.official:
+    if sheet.trainer.official and sheet.overrides.get("data.compat", "official") == "official":
         _set(
             sheet,
             "data.compat",
@@ -471,9 +527,10 @@ def _set(sheet: _Sheet, target: str, value: Any, why: str) -> None:
 def _dpo(sheet: _Sheet) -> None:
     given = sheet.get("loss_type")
     names = [str(name) for name in (given if isinstance(given, list) else [given])]
-    weights, smoothing = sheet.given.get("loss_weights"), sheet.number("label_smoothing")
+    weights, smoothing = sheet.given.get("loss_weights"), sheet.number("label_smoothing", target="loss.label_smoothing")
+    asked = smoothing or "loss.label_smoothing" in sheet.overrides  # 0 as well, which dpo does not take
     smoothed = any(name in ("robust", "exo_pair", "aot", "aot_pair", "aot_unpaired") for name in names)
-    smoothed |= bool(smoothing) and "sigmoid" in names
+    smoothed |= bool(asked) and "sigmoid" in names
     if unknown := [name for name in names if name not in DPO_LOSSES]:
         close = difflib.get_close_matches(unknown[0], DPO_LOSSES, n=1)
         return sheet.refuse(
@@ -482,7 +539,7 @@ def _dpo(sheet: _Sheet) -> None:
             "loss.loss_type",
         )
     ours = [DPO_LOSSES[name] for name in names]
-    ours = ["cdpo" if name == "dpo" and smoothing else name for name in ours]
+    ours = ["cdpo" if name == "dpo" and asked else name for name in ours]
     sheet.put("loss_type", "loss.loss_type", ours[0] if len(ours) == 1 else ours)
     if weights is not None and len(ours) > 1:
         sheet.put("loss_weights", "loss.loss_weights", weights)
@@ -503,7 +560,6 @@ def _dpo(sheet: _Sheet) -> None:
     for key, target in (
         ("rpo_alpha", "loss.sft_weight"),
         ("use_weighting", "loss.use_weighting"),
-        ("ld_alpha", "data.ld_alpha"),
     ):
         if (value := sheet.given.get(key)) not in (None, False):
             sheet.put(key, target, value)
@@ -511,22 +567,25 @@ def _dpo(sheet: _Sheet) -> None:
 
 
 def _cpo(sheet: _Sheet) -> None:
-    name, beta = sheet.get("loss_type"), sheet.number("beta", 1e-9)
-    gamma, weight, alpha, smoothing = (
-        sheet.number(key) for key in ("simpo_gamma", "cpo_alpha", "alpha", "label_smoothing")
+    name, beta = sheet.get("loss_type"), sheet.number("beta", 1e-9, "loss.beta")
+    gamma = sheet.number("simpo_gamma", instead="loss.gamma")
+    weight, alpha, smoothing = (
+        sheet.number(key, target=f"loss.{key}") for key in ("cpo_alpha", "alpha", "label_smoothing")
     )
+    weighted = bool(weight) or "loss.cpo_alpha" in sheet.overrides
+    shaped = bool(alpha) or "loss.alpha" in sheet.overrides
     if name == "alphapo":
-        name, weight = "simpo", 0.0
+        name, weight, weighted = "simpo", 0.0, False
         sheet.say("cpo_alpha", "alphapo takes 0")
     if name not in ("sigmoid", "simpo"):
         return sheet.refuse(
             "loss_type", "CPO's are taken over as sigmoid, simpo and alphapo; slic is the nearest", "loss.loss_type"
         )
-    if alpha and (name == "sigmoid" or weight or smoothing):
+    if sheet.get("alpha") and (name == "sigmoid" or weighted or smoothing):
         return sheet.refuse(
             "alpha", "AlphaPO is taken over with loss_type simpo, cpo_alpha 0 and label_smoothing 0", "loss.loss_type"
         )
-    ours = "cpo" if name == "sigmoid" else "alphapo" if alpha else "cpo_simpo" if weight else "simpo"
+    ours = "cpo" if name == "sigmoid" else "cpo_simpo" if weighted else "alphapo" if shaped else "simpo"
     sheet.put("loss_type", "loss.loss_type", ours)
     sheet.put("beta", "loss.beta", beta)
     if name == "simpo":
@@ -537,7 +596,7 @@ def _cpo(sheet: _Sheet) -> None:
         sheet.put("cpo_alpha", "loss.cpo_alpha", weight)
     elif "cpo_alpha" in sheet.given:
         sheet.say("cpo_alpha", "it is 0")
-    if alpha:
+    if ours == "alphapo":
         sheet.put("alpha", "loss.alpha", alpha)
     elif "alpha" in sheet.given:
         sheet.say("alpha", "it is 0")
@@ -545,7 +604,7 @@ def _cpo(sheet: _Sheet) -> None:
         sheet.put("label_smoothing", "loss.label_smoothing", smoothing)
     elif "label_smoothing" in sheet.given:
         sheet.say("label_smoothing", "it is 0")
-    return _ends(sheet)
+    return None
 
 
 def _orpo(sheet: _Sheet) -> None:
@@ -554,12 +613,6 @@ def _orpo(sheet: _Sheet) -> None:
     sheet.tree["loss"] = {"loss_type": "orpo"}
     sheet.put("beta", "loss.beta", sheet.get("beta"))
     sheet.notes.append("differs: the NLL is of the answer's tokens, in TRL of the prompt's, too")
-    _ends(sheet)
-
-
-def _ends(sheet: _Sheet) -> None:
-    if not sheet.trainer.official:
-        _set(sheet, "data.append_eos", "always", "behind every answer")
 
 
 def _kto(sheet: _Sheet) -> None:
@@ -583,20 +636,23 @@ def _sft(sheet: _Sheet) -> None:
 
 
 def _simpo(sheet: _Sheet) -> None:
-    name, beta = sheet.get("loss_type"), sheet.number("beta", 1e-9)
+    name = sheet.get("loss_type")
     if name not in ("sigmoid", "hinge", "repo"):
         return sheet.refuse("loss_type", "choose sigmoid, hinge or repo", "loss.loss_type")
     if sheet.given.get("trainer_type", "simpo") != "simpo":
         return sheet.refuse("trainer_type", "the released code runs simpo alone; give simpo, or say --trainer dpo")
     sheet.put("loss_type", "loss.loss_type", {"sigmoid": "simpo", "hinge": "simpo_hinge", "repo": "repo"}[name])
     if name == "repo":
+        beta = sheet.number("beta", 1e-9, instead="loss.reward_scale")
         sheet.put("beta", "loss.reward_scale", beta, "it only scales logged rewards")
     else:
+        beta = sheet.number("beta", 1e-9, "loss.beta")
         sheet.put("beta", "loss.beta", beta)
     if sheet.given.get("gamma") is None:
-        sheet.put("gamma_beta_ratio", "loss.gamma", sheet.number("gamma_beta_ratio"))
+        sheet.put("gamma_beta_ratio", "loss.gamma", sheet.number("gamma_beta_ratio", instead="loss.gamma"))
     elif sheet.given.get("gamma_beta_ratio") is None:
-        sheet.put("gamma", "loss.gamma", sheet.number("gamma") / beta, "per token: gamma / beta, as before July 2024")
+        gamma = sheet.number("gamma", instead="loss.gamma") / beta
+        sheet.put("gamma", "loss.gamma", gamma, "per token: gamma / beta, as before July 2024")
     else:
         sheet.refuse("gamma", "gamma_beta_ratio says it, too; leave one out", "loss.gamma")
     if (weight := sheet.get("sft_weight")) or "sft_weight" in sheet.given:
@@ -626,9 +682,8 @@ def _optim(sheet: _Sheet, num_processes: int | Callable[[], int]) -> None:
     _batch(sheet, num_processes)
     for key in ("learning_rate", "num_train_epochs", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"):
         sheet.put(key, f"optim.{key}", sheet.get(key))
-    steps = sheet.get("max_steps")
-    if steps != -1:
-        sheet.put("max_steps", "optim.max_steps", steps)
+    if sheet.get("max_steps") != -1 or "optim.max_steps" in sheet.overrides:
+        sheet.put("max_steps", "optim.max_steps", sheet.get("max_steps"))
     elif "max_steps" in given:
         sheet.say("max_steps", "-1 leaves it to num_train_epochs")
     norm = sheet.get("max_grad_norm")
@@ -642,9 +697,7 @@ def _optim(sheet: _Sheet, num_processes: int | Callable[[], int]) -> None:
             f"choose one of {', '.join(OPTIMIZERS)}, or say --optim adamw (--moment_dtype bfloat16 saves memory)",
             "optim.optim",
         )
-    schedule, warmup = str(sheet.get("lr_scheduler_type")), True
-    if schedule == "constant":
-        warmup = False
+    schedule = str(sheet.get("lr_scheduler_type"))
     if schedule not in SCHEDULES:
         sheet.refuse(
             "lr_scheduler_type",
@@ -653,7 +706,7 @@ def _optim(sheet: _Sheet, num_processes: int | Callable[[], int]) -> None:
         )
     else:
         sheet.put("lr_scheduler_type", "optim.lr_scheduler_type", SCHEDULES[schedule])
-    _warmup(sheet, steps, warmup)
+    _warmup(sheet, warmup=schedule != "constant" or "optim.lr_scheduler_type" in sheet.overrides)
 
 
 def _batch(sheet: _Sheet, num_processes: int | Callable[[], int]) -> None:
@@ -671,9 +724,10 @@ def _batch(sheet: _Sheet, num_processes: int | Callable[[], int]) -> None:
         sheet.told[key] = f"-> optim.train_batch_size {each * times * count} = {product}"
 
 
-def _warmup(sheet: _Sheet, total: int, warmup: bool) -> None:
+def _warmup(sheet: _Sheet, *, warmup: bool) -> None:
+    total = sheet.now("max_steps", "optim.max_steps")
     key = "warmup_steps" if sheet.get("warmup_steps") else "warmup_ratio"
-    steps = 0 if sheet.get(key) is None else sheet.number(key, 0, "optim.warmup_ratio")
+    steps = 0 if sheet.get(key) is None else sheet.number(key, 0, instead="optim.warmup_ratio")
     if "warmup_steps" in sheet.given and key != "warmup_steps":
         sheet.say("warmup_steps", "0 leaves it to warmup_ratio")
     if "warmup_ratio" in sheet.given and key != "warmup_ratio":
@@ -682,15 +736,13 @@ def _warmup(sheet: _Sheet, total: int, warmup: bool) -> None:
         sheet.put(key, "optim.warmup_ratio", 0.0, "lr_scheduler_type constant has none; constant_with_warmup has")
     elif steps < 1:
         sheet.put(key, "optim.warmup_ratio", float(steps))
-    elif isinstance(total, int) and total >= steps:
+    elif isinstance(total, int | float) and total >= steps:
         # So that its share of the updates, rounded up, is that number again.
         sheet.put(key, "optim.warmup_ratio", (steps - 0.5) / total)
     else:
-        sheet.refuse(
-            key,
-            "a number of updates, of as many as the data make; give a share of them, --warmup_ratio",
-            "optim.warmup_ratio",
-        )
+        few = isinstance(total, int | float) and total > 0
+        made = f"more than the {total} that are made" if few else "a number of updates, of as many as the data make"
+        sheet.refuse(key, f"{made}; give a share of them, --warmup_ratio", "optim.warmup_ratio")
 
 
 # The run
@@ -711,7 +763,7 @@ def _run(sheet: _Sheet) -> None:
         key = "eval_steps" if given.get("eval_steps") is not None else "logging_steps"
         if key == "logging_steps":
             sheet.notes.append("eval_steps, by default, is logging_steps")
-            sheet.tree.setdefault("run", {}).setdefault("eval_steps", sheet.get(key))
+            sheet.tree.setdefault("run", {}).setdefault("eval_steps", sheet.now(key, "run.logging_steps"))
         else:
             _cadence(sheet, key, "run.eval_steps", "steps")
     named = given.get("report_to") or []
@@ -720,9 +772,7 @@ def _run(sheet: _Sheet) -> None:
         sheet.put("report_to", "run.report_to", trackers)
     if given.get("save_total_limit") is not None:
         sheet.put("save_total_limit", "run.save_total_limit", given["save_total_limit"])
-    push = bool(given.get("push_to_hub"))
-    if push:
-        sheet.put("push_to_hub", "run.push_to_hub", True)
+    push = sheet.switch("push_to_hub", "run.push_to_hub")
     for key, leaf in HUB.items():
         if given.get(key) in (None, "main"):
             continue

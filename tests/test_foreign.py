@@ -375,6 +375,131 @@ def test_with_train_batch_size_no_devices_are_counted(write):
     assert load(write("rpo_alpha: 1"), num_processes=None).optim.train_batch_size % 8 == 0
 
 
+GATED = """\
+trainer_type: simpo
+max_steps: 100
+warmup_steps: 10
+use_peft: false
+lora_r: 128
+hub_model_id: org/m
+hub_private_repo: true
+push_to_hub: false
+"""
+
+
+def test_a_flag_switches_on_what_other_keys_are_of(write):
+    told = []
+    flags = {"optim.max_steps": 1000, "model.use_peft": True, "run.push_to_hub": True}
+    recipe = load(write(GATED), flags, tell=told.append)
+    model, optim, run = recipe.model, recipe.optim, recipe.run
+    assert (run.push_to_hub, run.hub_model_id, run.hub_private_repo) == (True, "org/m", True)
+    assert (model.use_peft, model.lora_r, model.lora_dropout) == (True, 128, 0.05)
+    assert (optim.max_steps, math.ceil(1000 * optim.warmup_ratio)) == (1000, 10)
+    for key, value in (("use_peft", "false"), ("push_to_hub", "false"), ("max_steps", "100")):
+        assert f"  {key}: {value} is not looked at, for --{key} says otherwise" in told[0]
+
+
+def test_a_flag_switches_off_what_other_keys_are_of(write):
+    text = GATED.replace("use_peft: false", "use_peft: true").replace("push_to_hub: false", "push_to_hub: true")
+    recipe = load(write(text), {"model.use_peft": False, "run.push_to_hub": False})
+    assert (recipe.model.use_peft, recipe.model.lora_r, recipe.run.hub_model_id) == (False, 16, None)
+
+
+def test_flags_decide_what_is_computed_from_them(tree_of):
+    def leaf(section, name, text, flags, trainer="dpo"):
+        return tree_of(text, flags, trainer=trainer)[section][name]
+
+    # A number of updates as a share of those that are made.
+    assert math.ceil(1000 * leaf("optim", "warmup_ratio", "warmup_steps: 10", {"optim.max_steps": 1000})) == 10
+    assert leaf("run", "eval_steps", "eval_strategy: steps\nlogging_steps: 5", {"run.logging_steps": 7}) == 7
+    assert leaf("run", "eval_steps", "eval_strategy: steps\nlogging_steps: 5", {"run.eval_steps": 9}) == 9
+    assert leaf("data", "dataset_test_split", "dataset_name: d", {"run.eval_steps": 9}) == "test"
+    assert leaf("data", "truncation", "truncation_mode: keep_end", {"data.max_prompt_length": 9}) == "keep_end"
+    cosine = {"optim.lr_scheduler_type": "cosine"}
+    assert leaf("optim", "warmup_ratio", "warmup_ratio: 0.1\nlr_scheduler_type: constant", cosine) == 0.1
+    # A template that the name of the model decides.
+    other = {"model.model_name_or_path": "org/mistral"}
+    assert "chat_template" in tree_of("", other, trainer="simpo")["model"]
+    assert "truncation" not in tree_of("", {"data.compat": "official"}, trainer="simpo")["data"]
+    assert leaf("data", "truncation", "", {"data.compat": "none"}, "simpo") == "keep_end"
+    mixer = "dataset_mixer: {a: 1, b: 1}\ndataset_splits: [train]"
+    assert "dataset_mixer" not in tree_of(mixer, {"data.dataset_name": "d"}, trainer="sft")["data"]
+
+
+FLAGGED = {
+    ("beta: 2\nsimpo_gamma: 1\nloss_type: simpo\ncpo_alpha: 0", "beta", 10): {"loss_type": "simpo", "beta": 10, "gamma": 0.1},
+    ("beta: 2\nsimpo_gamma: much\nloss_type: simpo\ncpo_alpha: 0", "gamma", 0.5): {"loss_type": "simpo", "beta": 2, "gamma": 0.5},
+    ("simpo_gamma: 1\nbeta: 2\nloss_type: simpo\ncpo_alpha: 0", "cpo_alpha", 0.5): {"loss_type": "cpo_simpo", "beta": 2, "gamma": 0.5, "cpo_alpha": 0.5},
+    ("simpo_gamma: 1\nbeta: 2\nloss_type: simpo", "cpo_alpha", 0): {"loss_type": "cpo_simpo", "beta": 2, "gamma": 0.5, "cpo_alpha": 0},
+    ("simpo_gamma: 1\nbeta: 2\nloss_type: alphapo", "alpha", 0.5): {"loss_type": "alphapo", "beta": 2, "gamma": 0.5, "alpha": 0.5},
+    ("gamma: 1\nbeta: 2", "beta", 10): {"loss_type": "simpo", "beta": 10, "gamma": 0.1},
+    ("gamma: 1\nbeta: much", "beta", 10): {"loss_type": "simpo", "beta": 10, "gamma": 0.1},
+    ("gamma: 1\nbeta: 2\nloss_type: repo", "reward_scale", 10): {"loss_type": "repo", "reward_scale": 10, "gamma": 0.5},
+    ("rpo_alpha: 1", "label_smoothing", 0.1): {"loss_type": "cdpo", "beta": 0.1, "sft_weight": 1, "label_smoothing": 0.1},
+    ("rpo_alpha: 1\nlabel_smoothing: 0.2", "label_smoothing", 0): {"loss_type": "cdpo", "beta": 0.1, "sft_weight": 1, "label_smoothing": 0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text, name, value", FLAGGED)
+def test_a_hyperparameter_that_is_given_counts_for_those_computed_from_it(write, text, name, value):
+    loss = load(write(text), {f"loss.{name}": value}).loss
+    assert loss == FLAGGED[text, name, value]
+    make_loss(**loss)
+
+
+def test_another_loss_leaves_the_data_as_they_are(write):
+    for text in ("ld_alpha: 0.5", "reference_free: true\nld_alpha: 0.5"):
+        recipe = load(write(text), {"loss.loss_type": "simpo"})
+        assert (recipe.loss, recipe.data.ld_alpha) == ({"loss_type": "simpo"}, 0.5)
+    assert load(write("cpo_alpha: 1"), {"loss.loss_type": "simpo"}).data.append_eos == "always"
+
+
+# Secrets
+
+HIDDEN = (
+    "hub_token: hf_SECRET",
+    "env: {WANDB: SECRET}",
+    "model_init_kwargs: {token: hf_SECRET}",
+    "model_init_kwargs: {other: SECRET}",
+    "wandb_api_key: SECRET",
+    "wandb_key: SECRET",
+    "HF_TOKEN: SECRET",
+    "AWS_SECRET_ACCESS_KEY: SECRET",
+    "password: SECRET",
+    "dataset_kwargs: {storage: [{api_key: SECRET}]}",
+)
+# Every kind of line that shows a value: what becomes of it, what is refused, what is not needed.
+SCRUBBED = (
+    "dataset_name: https://user:SECRET@host/d.jsonl",
+    "dataset_name: https://host/d.jsonl?sig=SECRET",
+    "dataset_mixer: {'s3://user:SECRET@host/d': 1.0}\ndataset_splits: [train]",
+    "datasets: [{path: 's3://user:SECRET@host/a'}, {path: 's3://user:SECRET@host/b'}]",
+    f"datasets: [{{path: 's3://{'user' * 9}:SECRET@host/a', data_dir: b}}]",
+    "logging_dir: s3://user:p@SECRET@host/d",
+    "run_name: hf_SECRETSECRET",
+    "zzz: https://user:SECRET@host",
+)
+
+
+@pytest.mark.parametrize("text", HIDDEN + SCRUBBED)
+def test_what_is_secret_is_not_shown(write, text):
+    told = []
+    try:
+        read_tree(write(text), num_processes=4, trainer="sft" if "dataset" in text else "dpo", tell=told.append)
+    except ValueError as error:
+        told.append(str(error))
+    key = text.split(":")[0]
+    assert "SECRET" not in told[0].replace("AWS_SECRET_ACCESS_KEY", "") and f"{key}: " in told[0]
+    assert (f"{key}: ...:" in told[0]) == (text in HIDDEN)
+
+
+def test_tokens_of_texts_and_keys_that_hold_nothing_are_shown(write):
+    told = []
+    load(write("eos_token: <end>\npad_token: <pad>\nhub_token: null\nenv: {}"), trainer="sft", tell=told.append)
+    for line in ("eos_token: <end> ->", "pad_token: <pad> is", "hub_token: null is", "env: {} is"):
+        assert f"  {line}" in told[0]
+
+
 # Mistakes
 
 MISTAKES = {
@@ -391,6 +516,7 @@ MISTAKES = {
     ("dpo", "dataset_mixer: {a: 1}"): f"optim: rmsprop: choose one of {', '.join(trainers.OPTIMIZERS)}, or say --optim adamw (--moment_dtype bfloat16 saves memory)",
     ("dpo", "lr_scheduler_type: polynomial"): "lr_scheduler_type: polynomial: choose one of linear, cosine, constant, constant_with_warmup, or say --lr_scheduler_type",
     ("dpo", "warmup_steps: 100"): "warmup_steps: 100: a number of updates, of as many as the data make; give a share of them, --warmup_ratio",
+    ("dpo", "warmup_steps: 100\nmax_steps: 20"): "warmup_steps: 100: more than the 20 that are made; give a share of them, --warmup_ratio",
     ("dpo", "warmup_ratio: much"): "warmup_ratio: much: give a number, 0 or more",
     ("dpo", "data_seed: 1"): "data_seed: 1: seed decides the order of the data here; leave it out",
     ("dpo", "learning_rate: fast"): "recipe.optim.learning_rate='fast'; wanted a valid number, unable to parse string as a number",
@@ -444,11 +570,31 @@ def test_a_key_that_cannot_be_had_is_answered_in_one_line(refusal, trainer, text
 @pytest.mark.parametrize("key", trainers.ONLY)
 def test_a_key_with_values_that_ask_for_nothing_refuses_any_other(refusal, key):
     line = trainers.ONLY[key][1]
-    owners = [name for name, trainer in trainers.TRAINERS.items() if key in trainer.own]
-    trainer = owners[0] if owners else "dpo"
-    said = refusal(f"{key}: other", trainer=trainer)
-    assert said == f"{key}: other: {line}"
+    said = refusal(f"{key}: other", trainer=owner(key))
+    hidden = key in ("hub_token", "env", "model_init_kwargs", "ref_model_init_kwargs")
+    assert said == f"{key}: {'...' if hidden else 'other'}: {line}"
     assert "\n" not in line and len(line) < 120
+
+
+def owner(key: str) -> str:
+    return next((name for name, trainer in trainers.TRAINERS.items() if key in trainer.own), "dpo")
+
+
+# Values for leaves that such a key gives way to.
+INSTEAD = {"model.lora_alpha": 64, "model.lora_target_modules": "all-linear", "model.model_revision": "r",
+    "loss.label_smoothing": 0.1, "loss.loss_type": "simpo", "run.output_dir": "o"}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", trainers.ONLY)
+def test_what_is_advised_helps(write, key):
+    line, *instead = trainers.ONLY[key][1:]
+    assert "leave it out" in line or instead
+    for target in instead:
+        assert f"--{target.split('.')[1]}" in line or "leave it out" in line
+        told, flags = [], {target: INSTEAD[target], "model.use_peft": True}
+        recipe = load(write(f"{key}: other"), flags, trainer=owner(key), tell=told.append)
+        make_loss(**recipe.loss)
+        assert f"{key}: other is not looked at, for --{target.split('.')[1]} says otherwise" in told[0]
 
 
 def test_every_mistake_has_its_line_and_the_files_name(write):
