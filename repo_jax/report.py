@@ -205,15 +205,14 @@ def _command(setup: Setup, place: RunFolder) -> str:
     """What runs the same again: a line of Python where the objective is one's own or rows were given there, for which there is no command."""
     recipe, again, data = place.shown("recipe.yaml"), f"{place}-again", setup.recipe.data
     kinds = setup.recipe.loss["loss_type"]
-    auto = {} if setup.gamma_quantile is None else {"gamma": "auto"}
+    auto = setup.gamma_quantile is not None
     given = [argument for field, argument in ROWS.items() if is_from_python(getattr(data, field))]
     if any(ALIASES.get(kind, kind) not in LOSSES for kind in ([kinds] if isinstance(kinds, str) else kinds)):
         given.append(f"loss={title_of(kinds)}")
     if given:
-        overrides = {"run.output_dir": again} | {f"loss.{name}": value for name, value in auto.items()}
-        return f"repo_jax.train({', '.join([f'repo_jax.load_recipe({recipe!r}, {overrides!r})', *given])})"
-    flags = [word for name, value in auto.items() for word in (f"--{name}", value)]
-    return shlex.join(["repo-jax", "train", recipe, *flags, "--output_dir", again])
+        overrides = {"run.output_dir": again} | ({"loss.gamma": "auto"} if auto else {})
+        return f"repo_jax.train(repo_jax.load_recipe({recipe!r}, {overrides!r}), {', '.join(given)})"
+    return shlex.join(["repo-jax", "train", recipe, *(["--gamma", "auto"] if auto else []), "--output_dir", again])
 
 
 # Facts, written
