@@ -210,7 +210,7 @@ def _command(setup: Setup, place: RunFolder) -> str:
         given.append(f"loss={title_of(kinds)}")
     if given:
         overrides = {"run.output_dir": again}
-        return f"repo_jax.train({', '.join([f'repo_jax.load_recipe({recipe!r}, {overrides!r})', *given])})"
+        return f"repo_jax.train(repo_jax.load_recipe({recipe!r}, {overrides!r}), {', '.join(given)})"
     return shlex.join(["repo-jax", "train", recipe, "--output_dir", again])
 
 

@@ -33,6 +33,10 @@ def test_the_card_says_where_the_model_came_from_and_what_was_measured():
     assert "| loss | 0.5000 | 0.2500 |" in card.splitlines()
 
 
+def test_what_was_not_measured_before_has_no_table():
+    assert "held-out" not in model_card("", base="some/model", results={"pairs": 7, "after": {"loss": 0.25}})
+
+
 def test_the_hub_learns_base_data_licence_and_objective(tmp_path):
     (tmp_path / "README.md").write_text(LICENCE)
     mixture = {"HuggingFaceH4/ultrafeedback_binarized": 1.0, str(tmp_path / "mine.jsonl"): 0.5, "data/more.jsonl": 1.0}

@@ -10,15 +10,18 @@ import pytest
 from examples import STORIES, one_device, tokens
 from report_facts import AFTER, BEFORE, METRICS, facts, margins
 
+import repo_jax
 from repo_jax import plots
-from repo_jax.config import to_recipe
+from repo_jax.config import dump_recipe, to_recipe
 from repo_jax.data.chat import TokenOptions, load_tokenizer
 from repo_jax.data.rows import RowShape
 from repo_jax.data.sources import open_source
 from repo_jax.data.store import open_store
+from repo_jax.losses import make_loss
 from repo_jax.plots import spearman
 from repo_jax.report import CONTROLS, cut, facts_of, readable, summary_text, watched, write_report
 from repo_jax.run_folder import RunFolder
+from repo_jax.stores import with_rows
 
 NASTY = "<script>alert('x')</script> & \"quoted\" \x00\x1b[31m ```` [link](http://example.org)"
 
@@ -203,7 +206,7 @@ def run_of(folder, train, held_out=None, *, loss=None, reference=False, **hparam
     recipe = {"model": {"model_name_or_path": "some/model"}, "loss": section, "run": {"output_dir": str(folder)}}
     known = {
         "recipe": to_recipe(recipe),
-        "loss": types.SimpleNamespace(reference=reference),
+        "loss": types.SimpleNamespace(reference=reference, margin_gamma=not reference),
         "hparams": hparams or {"gamma": 1.0},
     }
     known |= {"train": train, "held_out": held_out, "tokenizer": load_tokenizer(str(STORIES)), "total_steps": 4}
@@ -268,6 +271,51 @@ def test_objectives_without_margins_or_gamma_have_none_and_of_ones_own_there_is_
     found = facts_of(setup, RunFolder(setup.recipe))
     assert found.margins.gammas == {} and found.command.startswith("repo_jax.train(repo_jax.load_recipe('")
     assert found.command.endswith(", loss=my_loss)")
+    setup = run_of(tmp_path, stores["pairs"], loss={"loss_type": "sigmoid"}, reference=True, beta=0.1)
+    assert facts_of(setup, RunFolder(setup.recipe)).command.startswith("repo-jax train ")
+
+
+@pytest.mark.parametrize("kind, drawn", [("simpo", True), ("alphapo", False), ("repo++_dpo", False)])
+def test_gamma_is_drawn_where_it_is_a_margin(stores, tmp_path, kind, drawn):
+    setup = run_of(tmp_path, stores["pairs"], loss={"loss_type": kind})
+    setup.loss, setup.hparams = make_loss(kind)
+    for when in ("before", "after"):
+        kept(tmp_path, when, range(6))
+    assert bool(facts_of(setup, RunFolder(setup.recipe)).margins.gammas) == drawn
+
+
+@pytest.mark.parametrize("train, held_out, rows", [
+    (ROWS, None, "train_dataset=rows"), (None, ROWS, "eval_dataset=held_out_rows"),
+    (ROWS, ROWS[2:], "train_dataset=rows, eval_dataset=held_out_rows"),
+])  # fmt: skip
+def test_what_was_given_in_python_is_given_again_there(stores, tmp_path, train, held_out, rows):
+    setup = run_of(tmp_path, stores["pairs"], loss={"loss_type": "my_loss"})
+    setup.recipe = with_rows(setup.recipe, train_dataset=train, eval_dataset=held_out)
+    setup.gamma_quantile = 0.9
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(setup.recipe), encoding="utf-8")
+    for kind, more in (("my_loss", ", loss=my_loss"), ("repo", "")):
+        setup.recipe.loss["loss_type"] = kind
+        command = facts_of(setup, RunFolder(setup.recipe)).command
+        assert command.startswith("repo_jax.train(repo_jax.load_recipe('") and command.endswith(f", {rows}{more})")
+        given = eval(command.removeprefix("repo_jax.train(").partition("), ")[0] + ")", {"repo_jax": repo_jax})
+        assert given.run.output_dir == f"{tmp_path}-again" and given.loss["gamma"] == "auto"
+
+
+def test_margins_of_which_none_is_a_number_are_left_out(stores, tmp_path):
+    setup = run_of(tmp_path, stores["pairs"])
+    kept(tmp_path, "before", [1, 2, 3, np.nan, np.inf, np.nan])
+    kept(tmp_path, "after", [np.nan, np.nan, -np.inf, 1, 2, 3])
+    found = facts_of(setup, RunFolder(setup.recipe))
+    assert found.margins is None
+    write_report(tmp_path, found)
+    assert "margins.png" not in (tmp_path / "report.md").read_text()
+
+
+def test_without_what_was_measured_before_there_is_no_table(tmp_path):
+    page, text = report(tmp_path, margins=None, results={"pairs": 40, "after": AFTER})
+    for said in (page, text):
+        assert "held-out ranking accuracy" not in said and "Training" in page
+    assert "held-out" in page  # the curves have what was measured after
 
 
 # Numbers

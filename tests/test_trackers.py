@@ -15,18 +15,26 @@ NAMES = {"train/epoch", "train/loss", "train/rewards/accuracies", "eval/loss", "
 SECRETS = {"WANDB_API_KEY": "MyOwnWandBKey", "HF_TOKEN": "hf_MyOwnToken"}
 
 
+TOTAL = 30  # updates
+
+
 def setup_of(folder, *names):
-    run = {"output_dir": str(folder), "report_to": list(names)}
-    return types.SimpleNamespace(recipe=to_recipe({"model": {"model_name_or_path": "some/model"}, "run": run}))
+    recipe = to_recipe(
+        {"model": {"model_name_or_path": "some/model"}, "run": {"output_dir": str(folder), "report_to": list(names)}}
+    )
+    return types.SimpleNamespace(recipe=recipe, total_steps=TOTAL)
 
 
-def tracked(folder, *names, start=0, lines=(LINE,), error=None):
+def tracked(folder, *names, start=0, lines=(LINE,), last=None, error=None):
+    """What one start of a run reports: lines of metrics.jsonl and, where it gets so far, the last evaluation."""
     folder.mkdir(exist_ok=True)
     setup = setup_of(folder, *names)
     with Trackers() as trackers:
         trackers.start(setup, RunFolder(setup.recipe), start)
         for line in lines:
             trackers.log(line)
+        if last is not None:
+            trackers.log(last, last=True)
         if error is not None:
             raise error
 
@@ -36,7 +44,7 @@ class BadNumber(int):
 
 
 class WandBRun:
-    """A run of wandb's, which drops what is logged before its step."""
+    """A run of wandb's, which drops what is logged before its step; a server that is asked knows that of an earlier start."""
 
     def __init__(self, calls, step):
         self.calls, self.step = calls, step
@@ -48,6 +56,7 @@ class WandBRun:
     def log(self, values, step):
         if any(isinstance(value, BadNumber) for value in values.values()):
             raise OSError("no network")
+        assert step >= self.step
         self.step = step
         self.calls.append(("log", values, step))
 
@@ -122,6 +131,32 @@ def test_a_run_that_goes_on_does_so_in_the_same_wandb_run_and_says_nothing_twice
     assert of(wandb, "init")[-1][0]["id"] != first[0]["id"]
 
 
+def test_what_an_offline_wandb_run_was_told_before_a_kill_it_is_not_told_again(wandb, tmp_path):
+    tracked(tmp_path, "wandb", lines=numbered(1, 25))  # a step that no server knows: wandb.step stays 0
+    tracked(tmp_path, "wandb", start=20, lines=numbered(21, 30))
+    assert [step for _, step in of(wandb, "log")] == list(range(1, 31))
+
+
+def test_the_last_evaluation_comes_after_a_kill_too_once_and_a_run_that_is_over_opens_none(wandb, trackio, tmp_path):
+    names, last = ("wandb", "trackio", "tensorboard"), {"step": TOTAL, "eval_loss": 0.125}
+    tracked(tmp_path, *names, start=20, lines=numbered(21, TOTAL))
+    wandb.step = TOTAL + 1  # with which the server has W&B go on
+    for _ in range(2):  # the first is killed before its report
+        tracked(tmp_path, *names, start=TOTAL, lines=(), last=last)
+    for module in (wandb, trackio):
+        told = [values["train/global_step"] for values, _ in of(module, "log") if values.get("eval/loss") == 0.125]
+        assert told == [TOTAL] and len(of(module, "finish")) == len(of(module, "init")) == 3
+    assert scalars(tmp_path, "eval/loss")[-2:] == [(TOTAL, 0.5), (TOTAL, 0.125)]
+    (tmp_path / "report.html").touch()
+    before = sorted(tmp_path.iterdir())
+    tracked(tmp_path, *names, start=TOTAL, lines=(), last=last)
+    assert len(of(wandb, "init")) == len(of(trackio, "init")) == 3 and sorted(tmp_path.iterdir()) == before
+
+
+def numbered(first, last):
+    return [LINE | {"step": k} for k in range(first, last + 1)]
+
+
 def test_wandbs_own_variables_go_first_and_no_mode_is_forced_on_it(wandb, tmp_path, monkeypatch):
     for name, value in {"WANDB_PROJECT": "p", "WANDB_NAME": "n", "WANDB_DIR": "d", "WANDB_MODE": "offline"}.items():
         monkeypatch.setenv(name, value)
@@ -149,6 +184,33 @@ def test_trackio_gets_the_same_and_goes_on_under_the_same_name(trackio, tmp_path
     assert len(of(trackio, "finish")) == 2
 
 
+def test_updates_done_again_after_a_kill_are_told_trackio_once_and_a_new_beginning_is_another_run(trackio, tmp_path):
+    tracked(tmp_path, "trackio", lines=numbered(0, 25))
+    tracked(tmp_path, "trackio", start=20, lines=numbered(21, 27))
+    assert [step for _, step in of(trackio, "log")] == list(range(28))
+    tracked(tmp_path, "trackio", lines=numbered(0, 1))
+    assert [step for _, step in of(trackio, "log")] == [*range(28), 0, 1]
+    assert len({given["name"] for (given,) in of(trackio, "init")}) == 2
+
+
+def scalars(folder, name):
+    """(step, value) as TensorBoard reads the event files of a folder."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    found = accumulator.EventAccumulator(str(folder))
+    found.Reload()
+    return [(event.step, event.value) for event in found.Scalars(name)]
+
+
+def test_a_run_killed_before_its_first_checkpoint_and_started_again_has_each_curve_once(tmp_path):
+    pytest.importorskip("tensorboardX", reason="what writes event files")
+    tracked(tmp_path, "tensorboard", lines=[LINE | {"step": k, "loss": float(k)} for k in (0, 1, 2)])
+    [first] = tmp_path.glob("*tfevents*")
+    seconds = first.name.split(".")[3]
+    first.rename(tmp_path / first.name.replace(seconds, f"{int(seconds) - 9:010d}"))  # files are named by the second
+    tracked(tmp_path, "tensorboard", lines=[LINE | {"step": k, "loss": 10.0 * k} for k in (0, 1)])
+    assert scalars(tmp_path, "train/loss") == [(0, 0), (1, 10)]
+
+
 def test_tensorboard_reads_the_run_folder_and_what_is_done_again_counts_once(tmp_path):
     pytest.importorskip("tensorboardX", reason="what writes event files")
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -159,9 +221,9 @@ def test_tensorboard_reads_the_run_folder_and_what_is_done_again_counts_once(tmp
     assert set(found.Tags()["scalars"]) == NAMES
     assert [(event.step, event.value) for event in found.Scalars("train/loss")] == [(1, 1), (2, 2), (3, 30), (4, 40)]
     assert b"some/model" in found.Tensors("recipe/text_summary")[0].tensor_proto.string_val[0]
-    assert all(
-        path.is_file() and "tfevents" in path.name for path in tmp_path.iterdir()
-    )  # where a run's small files are copied to its URL from
+    # Where a run's small files are copied to its URL from.
+    assert {path.name for path in tmp_path.iterdir() if "tfevents" not in path.name} == {"tracker_sent.json"}
+    assert all(path.is_file() for path in tmp_path.iterdir())
 
 
 def test_what_is_not_installed_is_said_before_any_work(monkeypatch):
