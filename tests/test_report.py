@@ -291,14 +291,13 @@ def test_gamma_is_drawn_where_it_is_a_margin(stores, tmp_path, kind, drawn):
 def test_what_was_given_in_python_is_given_again_there(stores, tmp_path, train, held_out, rows):
     setup = run_of(tmp_path, stores["pairs"], loss={"loss_type": "my_loss"})
     setup.recipe = with_rows(setup.recipe, train_dataset=train, eval_dataset=held_out)
-    setup.gamma_quantile = 0.9
     (tmp_path / "recipe.yaml").write_text(dump_recipe(setup.recipe), encoding="utf-8")
     for kind, more in (("my_loss", ", loss=my_loss"), ("repo", "")):
         setup.recipe.loss["loss_type"] = kind
         command = facts_of(setup, RunFolder(setup.recipe)).command
         assert command.startswith("repo_jax.train(repo_jax.load_recipe('") and command.endswith(f", {rows}{more})")
         given = eval(command.removeprefix("repo_jax.train(").partition("), ")[0] + ")", {"repo_jax": repo_jax})
-        assert given.run.output_dir == f"{tmp_path}-again" and given.loss["gamma"] == "auto"
+        assert given.run.output_dir == f"{tmp_path}-again"
 
 
 def test_margins_of_which_none_is_a_number_are_left_out(stores, tmp_path):
