@@ -144,7 +144,8 @@ def _rates(study: dict, model: str) -> list[str]:
     plan, rows = study["plan"], []
     for method, loss in plan["methods"][model].items():
         found = [select(study["runs"], model=model, loss=loss, learning_rate=rate, seed=0) for rate in plan["rates"]]
-        cells = [f"{spread(held_out(runs, 'accuracy'))}, {spread(held_out(runs, 'mean_margin'), 2)}" for runs in found]
+        shown = ((spread(held_out(runs, "accuracy")), spread(held_out(runs, "mean_margin"), 2)) for runs in found)
+        cells = [", ".join(dict.fromkeys(pair)) for pair in shown]
         rows.append([method, *cells, f"{plan['chosen'][model].get(method, float('nan')):g}"])
     heads = ["", *(f"{rate:g}" for rate in plan["rates"]), "taken"]
     return [f"### Learning rates, {model}", "", "Held-out accuracy and mean margin of seed 0.", "", *table(heads, rows)]
