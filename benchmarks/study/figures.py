@@ -22,7 +22,7 @@ def draw(study: dict, folder: pathlib.Path) -> None:
 def panel(width: float = 6.4, height: float = 3.6, columns: int = 1, **options):
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(1, columns, **options)
-    for one in np.atleast_1d(axes):
+    for one in np.ravel(axes):
         one.grid(alpha=0.25)
         one.set_axisbelow(True)
     return figure, axes
