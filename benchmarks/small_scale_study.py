@@ -29,9 +29,10 @@ METHODS = {
     "DPO": {"loss_type": "dpo", "beta": 0.1},
     "SFT": {"loss_type": "sft"},
 }
-RATES = [3e-4, 1e-3, 3e-3]
+RATES = [3e-4, 1e-3, 3e-3, 1e-2]
 GAMMAS = [0.0, 0.25, 0.5, 1.0, 1.5, 2.0]
 BETAS = [1.0, 3.0, 10.0, 30.0, 100.0]  # SimPO's, on its way to RePO
+ENOUGH = 0.02  # held-out accuracies that differ by less are taken as equal where a learning rate is chosen
 DPO_BETAS = [0.03, 0.1, 0.3]
 SCHEDULES = [(1.0, 0.2), (0.2, 1.0), (2.0, 0.4)]
 
@@ -95,7 +96,7 @@ def plan_of(quick: bool, seeds: int, size) -> dict:
         "chosen": {},
     }
     if quick:
-        plan |= {"rates": RATES[:2], "gammas": GAMMAS[2:4], "betas": BETAS[1:3], "dpo_betas": DPO_BETAS[:2]}
+        plan |= {"rates": RATES[1:3], "gammas": GAMMAS[2:4], "betas": BETAS[1:3], "dpo_betas": DPO_BETAS[:2]}
         plan |= {"schedules": SCHEDULES[:1], "seeds": [1, 2]}
     plan["dpo_betas"] = [{"loss_type": "dpo", "beta": beta} for beta in plan["dpo_betas"]]
     plan["schedules"] = [METHODS["RePO"] | {"gamma": first, "gamma_end": last} for first, last in plan["schedules"]]
@@ -159,15 +160,14 @@ def unique(runs: list) -> list:
 
 
 def best_rate(runs: list[dict], model: str, loss: dict) -> float | None:
-    """The learning rate whose run of seed 0 ranks most held-out pairs right; of equal ones the lowest."""
+    """The lowest learning rate whose run of seed 0 ranks as many held-out pairs right as the best one, but for ENOUGH."""
     from study import tables
 
-    found = tables.select(runs, model=model, loss=loss, seed=0)
-    return (
-        max(found, key=lambda run: (run["held_out"]["accuracy"], -run["learning_rate"]))["learning_rate"]
-        if found
-        else None
-    )
+    found = {
+        run["learning_rate"]: run["held_out"]["accuracy"] for run in tables.select(runs, model=model, loss=loss, seed=0)
+    }
+    enough = max(found.values(), default=0.0) - ENOUGH - 1e-9
+    return min((rate for rate, accuracy in found.items() if accuracy >= enough), default=None)
 
 
 def with_gamma(methods: dict, starts: dict) -> dict:
