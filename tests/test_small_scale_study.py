@@ -129,7 +129,7 @@ def test_the_rate_taken_is_the_lowest_of_those_that_rank_about_as_well_as_the_be
     import small_scale_study
 
     right, worse = [1.0] * 100, [1.0] * 90 + [-1.0] * 10
-    runs = [run(worse, seed=0, rate=3e-4), run(right[:-1] + [-1.0], seed=0, rate=1e-3), run(right, seed=0, rate=3e-3)]
+    runs = [run(worse, seed=0, rate=3e-4), run([*right[:-1], -1.0], seed=0, rate=1e-3), run(right, seed=0, rate=3e-3)]
     assert small_scale_study.best_rate(runs, "stories260K", REPO) == 1e-3
     assert small_scale_study.best_rate(runs, "stories260K", SIMPO) is None
 
