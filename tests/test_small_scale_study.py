@@ -81,6 +81,14 @@ def test_the_limit_counts_pairs_on_the_same_side_and_margins_apart(tables):
     assert (found["distance"], found["loss"], found["seed"]) == (0.3, SIMPO, 1)
 
 
+def test_pairs_of_which_the_longer_answer_is_higher_are_counted_without_those_of_equal_length(tables):
+    start = {"held_out_lengths": [[9, 3], [3, 9], [5, 5], [8, 2]], "held_out": {"margins": [0.0, 0.5, 0.5, -2.0]}}
+    runs = [run([1.0, 1.0, 1.0, -1.0])]
+    assert tables.goes_by_length(runs, start) == pytest.approx([1 / 3])
+    assert tables.grown(runs, start) == pytest.approx([1.0])
+    assert tables.goes_by_length([], start).size == 0
+
+
 def test_spread_says_mean_and_range(tables):
     assert tables.spread([0.5, 0.6, 0.7]) == "0.600 (0.500 to 0.700)"
     assert tables.spread([0.5], 2) == "0.50"
@@ -89,8 +97,15 @@ def test_spread_says_mean_and_range(tables):
 
 def study_of(runs) -> dict:
     model, methods = "stories260K", {"RePO": REPO, "SimPO": SIMPO}
-    start = {"parameters": 260032, "vocabulary": 512, "tokens_per_answer": 80.0, "train_margins": [-1.0, 0.0, 0.5, 2.0]}
-    start["held_out"] = {"accuracy": 0.4, "mean_margin": -0.2, "logp_chosen": -3.0, "logp_rejected": -2.8}
+    start = {"parameters": 260032, "vocabulary": 512, "train_margins": [-1.0, 0.0, 0.5, 2.0]}
+    start |= {"train_lengths": [[3, 2]], "held_out_lengths": [[9, 3], [3, 9]], "cpu_s": 1.0}
+    start["held_out"] = {
+        "accuracy": 0.4,
+        "mean_margin": -0.2,
+        "logp_chosen": -3.0,
+        "logp_rejected": -2.8,
+        "margins": [-1.0, 2.0],
+    }
     plan = {"models": [model], "methods": {model: methods}, "rates": [1e-3, 3e-3], "gammas": [0.5, 1.0], "betas": [3.0]}
     plan |= {
         "dpo_betas": [{"loss_type": "dpo", "beta": 0.1}],

@@ -90,15 +90,17 @@ class Bench:
 
     def start(self) -> dict:
         """The model before training: its size, its held-out numbers, and its margins of the training pairs."""
-        scored = jax.device_get(self._scorer({"params": self.first}, self._scorer.rows(self._train)))
-        margins = [round(float(margin), 4) for margin in scored.mean_margin_B]
-        lengths_B2 = np.asarray(scored.lengths_B2)
+        variables = {"params": self.first}
+        train, held_out = (
+            jax.device_get(self._scorer(variables, rows)) for rows in (self._scorer.rows(self._train), self._held_out)
+        )
         return {
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(self.first)),
             "vocabulary": self._setup.cfg.V,
-            "tokens_per_answer": float(lengths_B2.mean()),
-            "train_margins": margins,
-            "held_out": self.held_out(self.first),
+            "train_margins": [round(float(margin), 4) for margin in train.mean_margin_B],
+            "train_lengths": train.lengths_B2.astype(int).tolist(),
+            "held_out_lengths": held_out.lengths_B2.astype(int).tolist(),
+            "held_out": of_pairs(held_out),
         }
 
     def run(self, run: Run) -> tuple[dict, np.ndarray]:
@@ -120,7 +122,7 @@ class Bench:
             "loss_values": [round(float(line["loss"]), 5) for line in log],
             "grad_norm": [float(f"{line['grad_norm']:.4g}") for line in log],
             "moved": float(np.linalg.norm(last - first)),
-            "held_out": self.held_out(state.params),
+            "held_out": of_pairs(jax.device_get(self._scorer({"params": state.params}, self._held_out))),
         }, last
 
     @functools.cache  # noqa: B019 - lives as long as the process
@@ -129,9 +131,6 @@ class Bench:
         order = batch_indices(k, pairs=len(self._train), train_batch_size=B, seed=seed)
         pairs = [self._train[i] for i in order]
         return pairs, self._scorer.rows(pairs)
-
-    def held_out(self, params: dict) -> dict:
-        return of_pairs(jax.device_get(self._scorer({"params": params}, self._held_out)))
 
 
 FORMS = ("repo", "repo++", "simpo", "dpo", "sft")

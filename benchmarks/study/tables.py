@@ -63,6 +63,23 @@ def difference(ones: Sequence[dict], others: Sequence[dict], values: Callable = 
     }
 
 
+def longer_B(lengths_B2: Sequence[Sequence[int]]) -> np.ndarray:
+    """1 where the chosen answer is the longer one, -1 where it is the shorter one."""
+    return np.sign(np.array(lengths_B2)[:, 0] - np.array(lengths_B2)[:, 1])
+
+
+def goes_by_length(runs: Sequence[dict], start: dict) -> np.ndarray:
+    """[N]: the share of held-out pairs, those of equal length apart, of which the longer answer is ranked higher."""
+    longer = longer_B(start["held_out_lengths"])
+    signs = [np.sign(run["held_out"]["margins"]) for run in runs]
+    return np.array([(one == longer)[longer != 0].mean() for one in signs])
+
+
+def grown(runs: Sequence[dict], start: dict) -> np.ndarray:
+    """[N]: the share of held-out pairs whose margin is larger than before training."""
+    return np.array([np.mean(np.array(run["held_out"]["margins"]) > start["held_out"]["margins"]) for run in runs])
+
+
 def filtered(runs: Sequence[dict], pairs: int, windows: int = WINDOWS) -> np.ndarray:
     """[windows]: the share of pairs without gradient in each part of training, over all seeds."""
     shares = [1 - np.array(run["active_pairs"]) / pairs for run in runs]
@@ -123,12 +140,14 @@ def _models(study: dict) -> list[str]:
         quantiles = np.quantile(start["train_margins"], [0.1, 0.5, 0.9])
         rows.append(
             [
-                *(name, f"{start['parameters']:,}", start["vocabulary"], f"{start['tokens_per_answer']:.0f}"),
+                *(name, f"{start['parameters']:,}", start["vocabulary"], f"{np.mean(start['held_out_lengths']):.0f}"),
                 *(f"{start['held_out']['accuracy']:.3f}", f"{start['held_out']['mean_margin']:.3f}"),
+                *(f"{np.mean(longer_B(start[name]) > 0):.3f}" for name in ("train_lengths", "held_out_lengths")),
                 " / ".join(f"{quantile:.2f}" for quantile in quantiles),
             ]
         )
     heads = ["model", "parameters", "vocabulary", "tokens an answer", "held-out accuracy", "mean margin"]
+    heads += ["chosen is the longer one, training", "held out"]
     lines = ["### Before training", "", *table([*heads, "training margins, 10 / 50 / 90 %"], rows)]
     if told := study.get("pretraining"):
         lines += [
@@ -153,6 +172,9 @@ def _rates(study: dict, model: str) -> list[str]:
 
 def _comparison(study: dict, model: str) -> list[str]:
     plan, rows, gaps = study["plan"], [], []
+    start = study["starts"].get(model)
+    if start is None:
+        return [f"### Comparison, {model}", "", "not run", ""]
     own = {method: of_method(study, model, method) for method in plan["methods"][model]}
     for method, runs in own.items():
         accuracy = held_out(runs, "accuracy")
@@ -163,7 +185,13 @@ def _comparison(study: dict, model: str) -> list[str]:
                     f"{plan['chosen'][model].get(method, float('nan')):g}",
                     len(runs),
                 ),
-                *(spread(accuracy), deviation(accuracy), spread(held_out(runs, "ratio_accuracy"))),
+                *(
+                    spread(accuracy),
+                    deviation(accuracy),
+                    spread(grown(runs, start)),
+                    spread(held_out(runs, "ratio_accuracy")),
+                ),
+                spread(goes_by_length(runs, start)),
                 *(spread(held_out(runs, name), 2) for name in ("mean_margin", "logp_chosen", "logp_rejected")),
             ]
         )
@@ -176,22 +204,12 @@ def _comparison(study: dict, model: str) -> list[str]:
                     "yes" if gap["supported"] else "no",
                 ]
             )
-    start = study["starts"].get(model)
-    if start:
-        before = start["held_out"]
-        numbers = [f"{before[name]:.2f}" for name in ("mean_margin", "logp_chosen", "logp_rejected")]
-        rows.insert(0, ["before training", "", "", f"{before['accuracy']:.3f}", "", "", *numbers])
-    heads = [
-        "",
-        "rate",
-        "seeds",
-        "accuracy",
-        "sd",
-        "accuracy by log-ratios",
-        "mean margin",
-        "log-prob chosen",
-        "rejected",
-    ]
+    before = start["held_out"]
+    numbers = [f"{before[name]:.2f}" for name in ("mean_margin", "logp_chosen", "logp_rejected")]
+    by_length = spread(goes_by_length([start], start))
+    rows.insert(0, ["before training", "", "", f"{before['accuracy']:.3f}", "", "", "", by_length, *numbers])
+    heads = ["", "rate", "seeds", "accuracy", "sd", "margin grew", "accuracy by log-ratios", "longer one is higher"]
+    heads += ["mean margin", "log-prob chosen", "rejected"]
     lines = [f"### Comparison, {model}", "", *table(heads, rows)]
     return lines + table(["accuracy", "mean", "95 % interval", "seed by seed", "supported"], gaps)
 
