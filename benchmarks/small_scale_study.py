@@ -139,11 +139,10 @@ def gather(plan: dict, jobs: "Jobs") -> dict:
     if found := jobs.result(pretraining):
         study["pretraining"] = found
         starts(SMALL)
+    if SMALL in study["starts"]:
         plan["methods"][SMALL] = with_gamma(plan["methods"][SMALL], study["starts"])
-        rates(SMALL)
-        add(over_seeds(SMALL, list(plan["methods"][SMALL].values())))
-    else:
-        plan["chosen"][SMALL] = {}
+    rates(SMALL)
+    add(over_seeds(SMALL, list(plan["methods"][SMALL].values())))
     add(over_seeds(STORIES, plan["dpo_betas"], "DPO"))
     study["runs"] = unique(study["runs"])
     study["limit"] = limit_of(study, jobs.cache)
