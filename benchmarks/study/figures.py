@@ -47,6 +47,11 @@ def comparison(study: dict):
         before = study["starts"][model]["held_out"]["accuracy"]
         axes.axhline(before, color=GREY, linestyle="--", linewidth=1)
         axes.text(len(methods) - 0.5, before, "before training", color=GREY, va="bottom", ha="right", fontsize=8)
+        longer = np.mean(tables.longer_B(study["starts"][model]["held_out_lengths"]) > 0)
+        axes.axhline(longer, color=GREY, linestyle=":", linewidth=1)
+        axes.text(
+            len(methods) - 0.5, longer, "the longer answer, always", color=GREY, va="bottom", ha="right", fontsize=8
+        )
         axes.set_xticks(range(len(methods)), methods)
         axes.set_title(f"{model}, {study['starts'][model]['parameters'] / 1e6:.2f} M parameters", fontsize=10)
     every[0][0].set_ylabel("held-out ranking accuracy")
@@ -112,7 +117,8 @@ def course(study: dict):
         axes.plot(np.arange(window, len(mean) + 1), smooth, color=colors[method], label=method, linewidth=1.8)
     axes.axhline(plan["methods"][model]["RePO"]["gamma"], color=GREY, linestyle="--", linewidth=1, label="gamma")
     axes.set(xlabel="update", ylabel="mean margin of the update's pairs\n(nats per token, running mean)")
-    axes.legend(frameon=False, fontsize=8)
+    axes.set_ylim(top=axes.get_ylim()[1] + 0.3)
+    axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper left")
     return figure
 
 

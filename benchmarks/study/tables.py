@@ -165,9 +165,14 @@ def _rates(study: dict, model: str) -> list[str]:
         found = [select(study["runs"], model=model, loss=loss, learning_rate=rate, seed=0) for rate in plan["rates"]]
         shown = ((spread(held_out(runs, "accuracy")), spread(held_out(runs, "mean_margin"), 2)) for runs in found)
         cells = [", ".join(dict.fromkeys(pair)) for pair in shown]
-        rows.append([method, *cells, f"{plan['chosen'][model].get(method, float('nan')):g}"])
+        rows.append([method, *cells, taken(plan, model, method)])
     heads = ["", *(f"{rate:g}" for rate in plan["rates"]), "taken"]
     return [f"### Learning rates, {model}", "", "Held-out accuracy and mean margin of seed 0.", "", *table(heads, rows)]
+
+
+def taken(plan: dict, model: str, method: str) -> str:
+    rate = plan["chosen"][model].get(method)
+    return "" if rate is None else f"{rate:g}"
 
 
 def _comparison(study: dict, model: str) -> list[str]:
@@ -182,7 +187,7 @@ def _comparison(study: dict, model: str) -> list[str]:
             [
                 *(
                     named(plan["methods"][model][method]),
-                    f"{plan['chosen'][model].get(method, float('nan')):g}",
+                    taken(plan, model, method),
                     len(runs),
                 ),
                 *(
