@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import secrets
+import time
 
 import yaml
 
@@ -49,8 +50,8 @@ class TensorBoard:
 
         # What an earlier start has written beyond its checkpoint, all of it where it had none, is done again, and dropped by TensorBoard.
         purge = start + 1 if start else 0
-        # Files are named by the second; a suffix keeps one start from writing over another.
-        self._writer = SummaryWriter(str(folder), filename_suffix=f".{start}", purge_step=purge)
+        # Files are named by the second; a finer suffix keeps one start from writing over another.
+        self._writer = SummaryWriter(str(folder), filename_suffix=f".{time.time_ns()}", purge_step=purge)
         if not start:
             text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
             self._writer.add_text("recipe", "".join(f"    {line}\n" for line in text.splitlines()), 0)
