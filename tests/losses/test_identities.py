@@ -62,7 +62,7 @@ def test_gamma_is_a_margin_where_a_shift_of_all_margins_is_one_of_gamma():
 )
 def test_gamma_of_a_sum_is_a_margin_where_it_is_one_of_all_that_have_it(given, is_margin):
     options = {"gamma": 0.5} if "repo" in given else {}
-    assert make_loss(given, **options, **({"beta": 1.0} if given != ["repo"] else {}))[0].margin_gamma == is_margin
+    assert make_loss(given, beta=1.0, **options)[0].margin_gamma == is_margin
 
 
 @pytest.mark.parametrize("beta", [0.5, 2.0])
