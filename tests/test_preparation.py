@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import types
 
 import jax
@@ -300,6 +301,21 @@ def test_hyperparameters_of_a_users_own_loss_are_its_keyword_arguments(tmp_path,
 def test_a_users_own_loss_says_what_its_hyperparameters_are(tmp_path, mine, message):
     with pytest.raises(ValueError, match=message):
         set_up(recipe(tmp_path), training=False, loss=mine)
+
+
+@pytest.mark.parametrize("name", ["alphapo", "repo++_dpo", "mine"])
+def test_gamma_auto_is_refused_where_gamma_is_no_margin_of_log_probs_per_token(tmp_path, rows, name):
+    def mine(pairs, *, gamma=0.5):
+        return gamma - pairs.mean_margin_B
+
+    loss = {"gamma": "auto"} | ({} if name == "mine" else {"loss_type": name})
+    given = with_data(tmp_path, rows(), loss=loss)
+    message = f"gamma=auto is a margin of log-probs per token, and gamma of loss '{name}' is not known to be one alone; give a number"
+    with pytest.raises(ValueError, match=re.escape(message)) as refused:
+        set_up(given, training=True, loss=mine if name == "mine" else None)
+    assert "\n" not in str(refused.value)
+    if name == "mine":
+        assert set_up(given, training=True, loss=Loss(mine, margin_gamma=True)).gamma_quantile == 0.9
 
 
 def test_losses_that_mix_pairs_take_two_passes_or_stop_at_the_start(tmp_path, rows):

@@ -142,6 +142,7 @@ def test_the_last_evaluation_comes_after_a_kill_too_once_and_a_run_that_is_over_
     tracked(tmp_path, *names, start=20, lines=numbered(21, TOTAL))
     wandb.step = TOTAL + 1  # with which the server has W&B go on
     for _ in range(2):  # the first is killed before its report
+        a_while_ago(tmp_path)
         tracked(tmp_path, *names, start=TOTAL, lines=(), last=last)
     for module in (wandb, trackio):
         told = [values["train/global_step"] for values, _ in of(module, "log") if values.get("eval/loss") == 0.125]
@@ -193,6 +194,13 @@ def test_updates_done_again_after_a_kill_are_told_trackio_once_and_a_new_beginni
     assert len({given["name"] for (given,) in of(trackio, "init")}) == 2
 
 
+def a_while_ago(folder):
+    """Makes event files older, as they are named by the second."""
+    for path in folder.glob("*tfevents*"):
+        seconds = path.name.split(".")[3]
+        path.rename(folder / path.name.replace(seconds, str(int(seconds) - 9)))
+
+
 def scalars(folder, name):
     """(step, value) as TensorBoard reads the event files of a folder."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -204,9 +212,7 @@ def scalars(folder, name):
 def test_a_run_killed_before_its_first_checkpoint_and_started_again_has_each_curve_once(tmp_path):
     pytest.importorskip("tensorboardX", reason="what writes event files")
     tracked(tmp_path, "tensorboard", lines=[LINE | {"step": k, "loss": float(k)} for k in (0, 1, 2)])
-    [first] = tmp_path.glob("*tfevents*")
-    seconds = first.name.split(".")[3]
-    first.rename(tmp_path / first.name.replace(seconds, f"{int(seconds) - 9:010d}"))  # files are named by the second
+    a_while_ago(tmp_path)
     tracked(tmp_path, "tensorboard", lines=[LINE | {"step": k, "loss": 10.0 * k} for k in (0, 1)])
     assert scalars(tmp_path, "train/loss") == [(0, 0), (1, 10)]
 

@@ -24,7 +24,7 @@ import safetensors.numpy
 import yaml
 from examples import ROOT, STORIES, short_pairs
 
-from repo_jax import cli
+from repo_jax import cli, training
 from repo_jax.cli import main
 from repo_jax.config import load_recipe
 from repo_jax.data.batches import batch_indices
@@ -233,6 +233,37 @@ def test_a_finished_run_started_again_trains_no_more_and_says_the_same(recipe, u
     assert f"checkpoint-{STEPS}: 0 of {STEPS} updates are left" in again and "update 1/" not in again
     assert again[again.index("16 held-out pairs") :] == output[output.index("16 held-out pairs") :]
     assert (run / "hf" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_run_killed_after_its_last_checkpoint_reports_its_last_evaluation_when_it_goes_on(unbroken, recipe):
+    pytest.importorskip("tensorboardX", reason="what writes event files")
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    (unbroken[0] / "report.html").unlink()  # the last that a run writes
+    finished(command(recipe, unbroken[0], "--report_to", "tensorboard"))
+    found = accumulator.EventAccumulator(str(unbroken[0]))
+    found.Reload()
+    after = json.loads((unbroken[0] / "eval_results.json").read_text())["after"]
+    [(step, value)] = [(event.step, event.value) for event in found.Scalars("eval/loss")]
+    assert step == STEPS and value == pytest.approx(after["loss"])
+
+
+@pytest.mark.parametrize("results", [None, {"pairs": 7, "after": {"loss": 1.0}}])
+def test_a_report_that_fails_costs_neither_the_rest_nor_the_push(tmp_path, monkeypatch, capsys, results):
+    def fail(*_):
+        raise IndexError("index -1 is out of bounds\nand much more")
+
+    done, hub = [], types.SimpleNamespace(hub_private_repo=None, hub_revision=None)
+    place = types.SimpleNamespace(here=tmp_path, shown=str, keep=lambda last: done.append("kept"))
+    setup = types.SimpleNamespace(recipe=types.SimpleNamespace(run=hub), push_to="me/model")
+    monkeypatch.setattr(training, "facts_of", fail)
+    monkeypatch.setattr(training, "push_export", lambda *_, **__: done.append("pushed"))
+    training._tell(setup, place, results, 0.0, adapter=False)
+    said = capsys.readouterr().out
+    assert done == ["kept", "pushed"] and "report  " not in said and "held-out" not in said
+    assert (
+        said.startswith("warning: the report fails (IndexError: index -1 is out of bounds); the model is whole")
+        and "more" not in said
+    )
 
 
 def test_the_exported_folder_is_what_transformers_loads_and_scores_alike(unbroken, recipe, capsys):

@@ -47,6 +47,25 @@ def test_the_hinge_of_simpo_is_beta_times_repo():
     assert_same(values("simpo_hinge", beta=2, gamma=0.25), 2 * values("repo", gamma=0.75))
 
 
+def test_gamma_is_a_margin_where_a_shift_of_all_margins_is_one_of_gamma():
+    with_gamma = {name: loss for name, loss in LOSSES.items() if "gamma" in hyperparameters(loss)}
+    margins = {name for name, loss in with_gamma.items() if loss.margin_gamma}
+    assert with_gamma.keys() - margins == {"alphapo", "repo++_dpo", "gamma_po_dpo"}
+    assert margins == {name for name, loss in LOSSES.items() if loss.margin_gamma}
+    shifted = PAIRS._replace(logps=PAIRS.logps - [0, 0.25] * PAIRS.lengths)  # M grows by 0.25
+    for name in ("repo", "repo++", "simpo", "simpo_hinge", "cpo_simpo", "alphapo", "repo++_dpo"):
+        same = np.allclose(values(name, PAIRS, gamma=0.25), values(name, shifted, gamma=0.5))
+        assert same == (name in margins), name
+
+
+@pytest.mark.parametrize(
+    "given, is_margin", [(["repo", "dpo"], True), (["repo", "alphapo"], False), (["dpo", "sft"], False)]
+)
+def test_gamma_of_a_sum_is_a_margin_where_it_is_one_of_all_that_have_it(given, is_margin):
+    options = {"gamma": 0.5} if "repo" in given else {}
+    assert make_loss(given, beta=1.0, **options)[0].margin_gamma == is_margin
+
+
 @pytest.mark.parametrize("beta", [0.5, 2.0])
 def test_rrhf_is_repo_at_gamma_0_whatever_beta_simpo_has(beta):
     assert_same(values("rrhf"), values("repo", gamma=0.0))
