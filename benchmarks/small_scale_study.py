@@ -149,7 +149,7 @@ def gather(plan: dict, jobs: "Jobs") -> dict:
     every = [*study["starts"].values(), *study["runs"], *([study["pretraining"]] if "pretraining" in study else [])]
     import jax
 
-    study["about"] = {"jax": jax.__version__, "finished": len(every), "planned": jobs.asked}
+    study["about"] = {"jax": jax.__version__, "finished": len(every), "planned": len(jobs.asked)}
     study["about"]["cpu_minutes"] = round(sum(one["cpu_s"] for one in every) / 60, 1)
     return study
 
@@ -214,7 +214,7 @@ class Jobs:
     """Worker processes, and what they have done."""
 
     def __init__(self, cache: pathlib.Path, size, workers: int, *, running: bool):
-        self.cache, self.asked = cache, 0
+        self.cache, self.asked = cache, set()
         self._running = running
         context = multiprocessing.get_context("spawn")
         self._pool = concurrent.futures.ProcessPoolExecutor(
@@ -230,7 +230,7 @@ class Jobs:
 
     def ahead(self, job):
         """Begins it; `result` waits for it."""
-        self.asked += 1
+        self.asked.add(str(job))
         kept = self._kept(job)
         return kept if kept is not None or not self._running else self._pool.submit(do, job)
 
