@@ -21,7 +21,7 @@ from repo_jax.data.schema import PairTokens
 from repo_jax.flops import flops_of, lengths_of
 from repo_jax.hardware import chip_of, peak_memory
 from repo_jax.losses import title_of
-from repo_jax.memory import explained, held_in_training, what_helps
+from repo_jax.memory import explained, held_in_training, kept_in_two_passes, what_helps
 from repo_jax.models.config import DecoderConfig
 from repo_jax.models.decoder import param_shapes
 from repo_jax.models.lora import init_adapters
@@ -86,8 +86,9 @@ def bench(setup: Setup, *, steps: int, warmup: int, split_steps: int) -> dict:
     shapes = state_shapes(setup.trained_shapes, optimizer, setup.loss)
     shardings = state_shardings(shapes, optimizer, setup.mesh)
     held = held_in_training(shapes, shardings, setup.frozen_shapes, setup.live_shapes)
-    with explained(setup.mesh, held, lambda: what_helps(setup.recipe, setup.mesh, held)):
-        run, state = _start(setup, optimizer, shapes, shardings)
+    kept = kept_in_two_passes(setup, held)
+    with explained(setup.mesh, held, lambda: what_helps(setup.recipe, setup.mesh, held | kept)):
+        run, state = _start(setup, optimizer, shapes, shardings, keeps=bool(kept))
         batches = _batches(setup)
         state, _ = measure(run.step, state, batches, warmup)
         warm = compiled()
@@ -104,6 +105,7 @@ def bench(setup: Setup, *, steps: int, warmup: int, split_steps: int) -> dict:
         "padding_fraction": _mean(one.metrics["padding_fraction"] for one in measured),
         "active_fraction": _mean(one.metrics["active_fraction"] for one in measured),
         "active_token_fraction": _mean(one.metrics["active_token_fraction"] for one in measured),
+        "keeps_layer_inputs": bool(kept),
         "two_pass_fraction": _mean(one.metrics["two_pass"] for one in measured),
         "shapes": [list(shape) for shape in setup.shapes],
         "compilations": {**_compilations(warm.since(began)), "while_measured": late.programs},
@@ -111,7 +113,9 @@ def bench(setup: Setup, *, steps: int, warmup: int, split_steps: int) -> dict:
     return found
 
 
-def _start(setup: Setup, optimizer, shapes: TrainState, shardings: TrainState) -> tuple[Run, TrainState]:
+def _start(
+    setup: Setup, optimizer, shapes: TrainState, shardings: TrainState, *, keeps: bool
+) -> tuple[Run, TrainState]:
     model, optim, run = setup.recipe.model, setup.recipe.optim, setup.recipe.run
     frozen = setup.pretrained.params(setup.mesh, model.param_dtype) if model.use_peft else None
     if frozen is None:
@@ -121,7 +125,7 @@ def _start(setup: Setup, optimizer, shapes: TrainState, shardings: TrainState) -
     scorer = Scorer(setup.model, setup.loss, setup.hparams, setup.mesh, setup.shapes)
     options = {"mode": optim.mode, "two_pass_below": optim.two_pass_below, "frozen": frozen, "seed": run.seed}
     live = live_reference(setup, frozen)
-    options |= {"live": live, "total_steps": setup.total_steps}
+    options |= {"live": live, "total_steps": setup.total_steps, "keeps": keeps}
     step = TrainStep(scorer, setup.model, setup.loss, optimizer, shardings, **options)
     return Run(scorer, step, frozen, live), initial_state(params, optimizer, shardings, setup.loss)
 

@@ -8,11 +8,16 @@ from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from repo_jax.config import Recipe, StoppedError
-from repo_jax.preparation import slots_per_device
+from repo_jax.data.rows import round_up
+from repo_jax.distributed import from_primary
+from repo_jax.models.config import DecoderConfig
+from repo_jax.preparation import Setup, slots_per_device
 from repo_jax.state import TrainState
+from repo_jax.step import recomputed, rooms
 
 GIB = 2**30
 # XLA's words on CPU, GPU and TPU, at run time and when it compiles.
@@ -65,6 +70,39 @@ def held_in_scoring(params: dict, live: dict | None = None) -> dict[str, int]:
     return {
         kind: bytes_per_device(model, jax.tree.map(lambda leaf: leaf.sharding, model)) for kind, model in models.items()
     }
+
+
+# Of the memory that is free beside what training holds, what layer inputs may take; the rest is for programs at work.
+FOR_LAYER_INPUTS = 0.25
+
+
+def layer_inputs(cfg: DecoderConfig, dtype, mesh: Mesh, slots: int) -> int:
+    """Bytes per device of what every layer is given in so many slots, and of what the last one makes, in the form in which they wait."""
+    share = math.ceil(cfg.D / mesh.size)
+    if mesh.devices.flat[0].platform == "tpu":
+        share = round_up(share, 128)  # the width of a register, which TPUs fill up
+    return (cfg.L + 1) * slots * share * jnp.dtype(dtype).itemsize
+
+
+def keeps_layer_inputs(recipe: Recipe, cfg: DecoderConfig, mesh: Mesh, size: int, free: float) -> bool:
+    """Whether two passes keep layer inputs, which take `size` bytes of those that are free on a device: as the recipe says, or where it is
+    of use and they are few."""
+    asked = recipe.optim.keep_layer_inputs
+    if recipe.optim.mode == "direct" or asked is not None:
+        return bool(asked)
+    return recomputed(recipe.model.remat) > 0.5 and cfg.D % mesh.size == 0 and size <= FOR_LAYER_INPUTS * free
+
+
+def kept_in_two_passes(setup: Setup, held: dict[str, int]) -> dict[str, int]:
+    """{"layer inputs": bytes per device} where two passes of this run keep them, else {}; the same on all hosts."""
+    B, mesh = setup.recipe.optim.train_batch_size * (1 + len(setup.loss.groups)), setup.mesh
+    R, T, *_ = setup.shapes[0]
+    batches = rooms(math.ceil(1.1 * B * float(setup.train.slots.mean()) / (R * T)))
+    size = layer_inputs(setup.cfg, setup.recipe.model.compute_dtype, mesh, batches * R * T)
+    device = mesh.local_devices[0]
+    limit = room(device) or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
+    keeps = keeps_layer_inputs(setup.recipe, setup.cfg, mesh, size, limit - sum(held.values()))
+    return {"layer inputs": size} if from_primary(np.bool_(keeps)) else {}
 
 
 def room(device) -> int | None:
@@ -121,6 +159,8 @@ def what_helps(recipe: Recipe, mesh: Mesh, held: dict[str, int]) -> list[str]:
             )
         if "gradients" in held and model.remat != "full":
             found.append(f"remat: full (now {model.remat}; layers are computed twice instead of kept)")
+    if "layer inputs" in held:
+        found.append(f"keep_layer_inputs: false ({saves(held['layer inputs'])}; two passes compute more)")
     if (ways := mesh.shape["data"]) > 1:
         fsdp = ways * mesh.shape["fsdp"]
         found.append(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 import math
 import pathlib
 from collections.abc import Callable
@@ -185,11 +186,12 @@ def set_up(
             raise ValueError(
                 f"lora_dropout={recipe.model.lora_dropout:g} would drop other inputs in each pass of mode two_pass; set it to 0, or mode to direct"
             )
-        if optim.two_pass_below is not None:
-            raise ValueError(
-                f"lora_dropout={recipe.model.lora_dropout:g} leaves only mode direct, so that nothing would read "
-                f"two_pass_below={optim.two_pass_below:g}; leave one of them out"
-            )
+        for option in ("two_pass_below", "keep_layer_inputs"):
+            if (value := getattr(optim, option)) is not None:
+                raise ValueError(
+                    f"lora_dropout={recipe.model.lora_dropout:g} leaves only mode direct, so that nothing would read "
+                    f"{option}={json.dumps(value)}; leave one of them out"
+                )
         if takes_two_passes(loss):
             raise ValueError(
                 f"lora_dropout={recipe.model.lora_dropout:g} needs mode direct, but loss '{name}' takes two passes; set it to 0"
@@ -226,6 +228,10 @@ def set_up(
     reference = _reference(recipe, name, loss, cfg, tokenizer, given, training=training)
     mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor)
     param_shardings(param_shapes(cfg), mesh)
+    if training and optim.keep_layer_inputs and cfg.D % mesh.size:
+        raise ValueError(
+            f"keep_layer_inputs=true spreads the model's width of {cfg.D} over all {mesh.size} devices, which do not divide it; leave it out"
+        )
     if adapts:
         adapter_shapes(cfg, recipe.model.lora_r, recipe.model.lora_target_modules)
     _check_kernel(recipe.model, mesh)

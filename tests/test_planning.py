@@ -29,7 +29,6 @@ from repo_jax.planning import (
     make_plan,
     mesh_sizes,
     read_model_config,
-    recomputed,
     rows_for,
     what_would_fit,
 )
@@ -197,10 +196,6 @@ def test_adapters_hold_no_gradients_of_what_is_frozen():
     held = estimate(recipe, LLAMA, topology, (1, 4, 1), rows_for(recipe, LLAMA, 4)).held
     assert held["frozen parameters"] == 8_030_261_248 * 2 // 4
     assert held["gradients"] + held["moments"] + held["adapters"] < 0.02 * held["frozen parameters"]
-
-
-def test_remat_is_read_off_the_two_pass_rule():
-    assert [recomputed(name) for name in ("none", "dots", "attention", "full")] == pytest.approx([0, 0.1, 0.9, 1])
 
 
 # Rows and meshes
