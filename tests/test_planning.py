@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import re
 import resource
@@ -28,6 +29,7 @@ from repo_jax.planning import (
     launch_commands,
     make_plan,
     mesh_sizes,
+    programs_for,
     read_model_config,
     rows_for,
     what_would_fit,
@@ -373,3 +375,21 @@ def test_a_plan_compiles_what_the_mode_runs(mode, wanted):
     recipe = with_dtypes(recipe_of(optim__mode=mode, optim__train_batch_size=8))
     mesh = make_mesh(1, 1, 1, jax.devices()[:1])
     assert Programs(recipe, TINY, mesh, planning.RowShape(4, 48, 40, 0)).names == wanted
+
+
+@pytest.mark.parametrize("axes", [(1, 1, 1), (2, 2, 2)], ids=str)
+def test_a_plan_keeps_layer_inputs_where_training_would_and_counts_them(axes):
+    recipe = with_dtypes(recipe_of(optim__mode="two_pass", optim__train_batch_size=8, data__max_length=128))
+    mesh = make_mesh(*axes, jax.devices()[: math.prod(axes)])
+    rows = rows_for(recipe, TINY, mesh.shape["data"] * mesh.shape["fsdp"])
+    programs = programs_for(recipe, TINY, mesh, rows, GIB)
+    assert programs.names == ("add_weighted", "score", "hold", "take", "update")
+    parts = {name: compiled(programs, name, rows) for name in programs.names}
+    assert parts["add_weighted"]["beside"] == programs.waiting + programs.held["moments"]
+    assert parts["take"]["beside"] == parts["hold"]["beside"] == sum(programs.held.values())
+    kinds = {one.kind for name in ("hold", "take") for one in parts[name]["work"].collectives}
+    assert kinds <= {"all-to-all", "all-gather"} and ("all-to-all" in kinds) == (mesh.size > 1)
+    without = programs_for(recipe, TINY, mesh, rows, sum(programs.held.values()))
+    assert without.names == ("add_weighted", "score", "update") and without.waiting == 0
+    plain = compiled(without, "add_weighted", rows)
+    assert parts["add_weighted"]["work"].matmul_flops < 0.9 * plain["work"].matmul_flops
