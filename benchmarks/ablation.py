@@ -68,10 +68,7 @@ class Rung(NamedTuple):
     operations: float  # that it cannot do without
     gamma: float | None = None  # of RePO
     again: tuple[RowBatch, ...] | None = None  # the rows of a second pass
-
-    @property
-    def keeps(self) -> bool:
-        return self.name.endswith("kept")
+    keeps: bool = False
 
     @property
     def form(self) -> str:
@@ -163,7 +160,7 @@ def two_pass_rungs(setup: Setup, params: dict, pairs: list[PairTokens]) -> list[
         name, first = f"two-pass, {fraction:g}", whole.layers + whole.head
         second, kept = direct(part, remat, head=3), 3 * part.layers + 3 * part.head
         rungs.append(Rung(name, DIRECT, step, scorer, rows, first + second, gamma, again))
-        rungs.append(Rung(f"{name}, kept", name, keeping, scorer, rows, first + kept, gamma, again))
+        rungs.append(Rung(f"{name}, kept", name, keeping, scorer, rows, first + kept, gamma, again, True))
     return rungs
 
 
@@ -321,13 +318,13 @@ def gradient(rung: Rung, params: dict, pairs: list[PairTokens]) -> tuple[dict, d
 def weighted_grads(rung: Rung, params: dict, pairs: list[PairTokens], slopes: Slopes, *, dtype=None) -> dict:
     """Of the log-likelihood weighted by these slopes, with what the rung computes and keeps."""
     scorer = rung.scorer
-    held = scorer.and_keep({"params": params}, rung.rows)[1] if rung.keeps and rung.again else None
+    held = scorer.and_keep({"params": params}, rung.rows, 1)[1] if rung.keeps and rung.again else None
     model = scorer.model if dtype is None else scorer.model.clone(dtype=dtype)
-    push = jax.jit(functools.partial(add_weighted, model=model), donate_argnums=0)
+    push, pick = jax.jit(functools.partial(add_weighted, model=model), donate_argnums=0), jax.jit(take)
     grads = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), params)
     with jax.set_mesh(scorer.mesh):
         for batch in rung.again or rung.rows:
-            kept = None if held is None else jax.jit(take)(held, slots_before(pairs, rung.rows, batch))
+            kept = None if held is None else pick(held, slots_before(pairs, rung.rows, batch))
             grads = push(grads, params, None, None, place(batch, scorer.mesh), slopes, kept)
     return grads
 

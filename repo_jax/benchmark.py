@@ -21,7 +21,7 @@ from repo_jax.data.schema import PairTokens
 from repo_jax.flops import flops_of, lengths_of
 from repo_jax.hardware import chip_of, peak_memory
 from repo_jax.losses import title_of
-from repo_jax.memory import explained, held_in_training, kept_in_two_passes, what_helps
+from repo_jax.memory import explained, held_in_training, kept_slots, what_helps
 from repo_jax.models.config import DecoderConfig
 from repo_jax.models.decoder import param_shapes
 from repo_jax.models.lora import init_adapters
@@ -86,9 +86,9 @@ def bench(setup: Setup, *, steps: int, warmup: int, split_steps: int) -> dict:
     shapes = state_shapes(setup.trained_shapes, optimizer, setup.loss)
     shardings = state_shardings(shapes, optimizer, setup.mesh)
     held = held_in_training(shapes, shardings, setup.frozen_shapes, setup.live_shapes)
-    kept = kept_in_two_passes(setup, held)
+    slots, kept = kept_slots(setup, held)
     with explained(setup.mesh, held, lambda: what_helps(setup.recipe, setup.mesh, held | kept)):
-        run, state = _start(setup, optimizer, shapes, shardings, keeps=bool(kept))
+        run, state = _start(setup, optimizer, shapes, shardings, keeps=slots)
         batches = _batches(setup)
         state, _ = measure(run.step, state, batches, warmup)
         warm = compiled()
@@ -113,9 +113,7 @@ def bench(setup: Setup, *, steps: int, warmup: int, split_steps: int) -> dict:
     return found
 
 
-def _start(
-    setup: Setup, optimizer, shapes: TrainState, shardings: TrainState, *, keeps: bool
-) -> tuple[Run, TrainState]:
+def _start(setup: Setup, optimizer, shapes: TrainState, shardings: TrainState, *, keeps: int) -> tuple[Run, TrainState]:
     model, optim, run = setup.recipe.model, setup.recipe.optim, setup.recipe.run
     frozen = setup.pretrained.params(setup.mesh, model.param_dtype) if model.use_peft else None
     if frozen is None:
@@ -348,6 +346,7 @@ def as_text(found: dict) -> str:
         f"peak memory        {found[memory]:.2f} GiB" + (" of the process" if "process" in memory else " on a device"),
         f"padding            {found['padding_fraction']:.1%} of all slots",
         f"active             {found['active_fraction']:.1%} of the pairs, {found['active_token_fraction']:.1%} of the scored tokens",
+        f"layer inputs       {'kept' if found['keeps_layer_inputs'] else 'not kept'} in two passes",
         f"row shapes         {', '.join(f'{R} rows of {T} slots ({S} scored)' for R, T, S, *_ in found['shapes'])}",
         f"compiled           {found['compilations']['programs']} programs in {found['compilations']['seconds']:.1f} s, "
         f"{found['compilations']['while_measured']} more while measured",

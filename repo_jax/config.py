@@ -211,7 +211,7 @@ class OptimSection:
     )
     keep_layer_inputs: bool | None = Field(
         None,
-        description="two passes: scoring keeps what each layer is given, which saves backward a forward pass; null: where that takes at most a quarter of the memory that is free, unless remat keeps more anyway (none, dots)",
+        description="two passes: scoring keeps what each layer is given, which saves backward a forward pass; null: where that takes at most a quarter of the memory that is free and remat keeps no more anyway",
     )
 
     def __post_init__(self):

@@ -29,7 +29,7 @@ from repo_jax.models.hub import check_push
 from repo_jax.models.lora import adapter_shapes
 from repo_jax.models.pretrained import Pretrained, open_model
 from repo_jax.sharding import batch_ways, make_mesh, param_shardings
-from repo_jax.step import needs_two_passes, takes_two_passes
+from repo_jax.step import check_held, needs_two_passes, takes_two_passes
 from repo_jax.stores import held_out_store, model_files, tokenizer_of, train_store
 
 # At the published gamma of 0.4 some 13 % of the pairs have reached it after a fifth of a run.
@@ -228,10 +228,8 @@ def set_up(
     reference = _reference(recipe, name, loss, cfg, tokenizer, given, training=training)
     mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor)
     param_shardings(param_shapes(cfg), mesh)
-    if training and optim.keep_layer_inputs and cfg.D % mesh.size:
-        raise ValueError(
-            f"keep_layer_inputs=true spreads the model's width of {cfg.D} over all {mesh.size} devices, which do not divide it; leave it out"
-        )
+    if training and optim.keep_layer_inputs:
+        check_held(cfg, mesh)
     if adapts:
         adapter_shapes(cfg, recipe.model.lora_r, recipe.model.lora_target_modules)
     _check_kernel(recipe.model, mesh)

@@ -18,7 +18,7 @@ from repo_jax.models.decoder import param_shapes
 from repo_jax.models.lora import adapter_shapes
 from repo_jax.optimizer import make_optimizer
 from repo_jax.preparation import decoder
-from repo_jax.sharding import BATCH, param_shardings
+from repo_jax.sharding import BATCH, batch_ways, param_shardings
 from repo_jax.state import TrainState, state_shapes, state_shardings, variables_of
 from repo_jax.step import (
     HELD,
@@ -80,7 +80,7 @@ class Held:
 class Programs:
     """The programs of an update on batches of one shape, jitted as Scorer and TrainStep do it; calling with a name compiles.
 
-    The recipe's dtypes are filled in (with_dtypes). `keeps` is for how many row batches two passes keep layer inputs; 0: they do not.
+    The recipe's dtypes are filled in (with_dtypes). `keeps` is of how many row batches two passes keep layer inputs; 0: they do not.
     """
 
     def __init__(self, recipe: Recipe, cfg: DecoderConfig, mesh: Mesh, shape: RowShape, keeps: int = 0):
@@ -109,17 +109,20 @@ class Programs:
             **{name: jax.ShapeDtypeStruct(size, jnp.int32, sharding=rows) for name, size in ints.items()},
             filled_B=self._whole((B,), bool),
         )
-        self.waiting, self.kept, self.held_kept = 0, None, None
+        self.waiting, self.row_batch, self.kept, self.held_kept = 0, 0, None, None  # bytes per device, and shapes
         if keeps:
+            self.row_batch = (cfg.L + 1) * (R // batch_ways(mesh)) * T * cfg.D * self.model.dtype.itemsize
             self.waiting = layer_inputs(cfg, self.model.dtype, mesh, keeps * R * T)
-            held = jax.eval_shape(lambda: no_kept(self.model, keeps, R, T))
+            held = jax.eval_shape(lambda: no_kept(self.model, keeps * R * T))
             self.held_kept = self._spread(held, HELD)
-            one = {stack: jax.ShapeDtypeStruct((leaf.shape[0], R, T, cfg.D), leaf.dtype) for stack, leaf in held.items()}
+            one = {
+                stack: jax.ShapeDtypeStruct((leaf.shape[0], R, T, cfg.D), leaf.dtype) for stack, leaf in held.items()
+            }
             self.kept = self._spread(one, P(None, *BATCH))
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Those that a run may take, evaluations among it, the largest first."""
+        """Those that a run may take, evaluations among it, the largest first but for what waits beside it."""
         passes = ("add_weighted", "score", *(("hold", "take") if self.kept else ()), "update")
         if takes_two_passes(self.loss) or self.mode == "two_pass":
             return passes

@@ -1,6 +1,7 @@
 """One update on one global batch: score, weigh, push back.
 
-Axis letters: R rows, T token slots, S scored tokens, B pairs of the global batch, D width, L layers, N row batches; 2 is (chosen, rejected).
+Axis letters: R rows, T token slots, S scored tokens, B pairs of the global batch, D width, L layers, X slots of row batches
+end to end; 2 is (chosen, rejected).
 """
 
 import copy
@@ -21,6 +22,7 @@ from repo_jax.distributed import from_primary
 from repo_jax.logps import exact_matmuls, pair_logps, pair_logps_and_kept, weighted_logps
 from repo_jax.losses import Loss, PairLogps
 from repo_jax.metrics import preference_metrics
+from repo_jax.models.config import DecoderConfig
 from repo_jax.models.decoder import OUTPUT, Decoder, Kept
 from repo_jax.optimizer import apply_updates
 from repo_jax.sharding import AXES, BATCH, constrain
@@ -108,22 +110,31 @@ def score_and_keep(
 # What is kept waits for second passes with D, not rows, spread over the devices: rows that are packed anew pick their tokens from all of
 # them, and so each device has its share of every token. On the way the `tensor` axis, over which rows are not spread, comes last and goes
 # first: then the rest is one all-to-all.
-HELD = P(None, None, None, None, AXES)
+HELD = P(None, None, AXES)
 BETWEEN = P(None, None, None, *BATCH)  # [L, R, T, D]
 
 
-def no_kept(model: Decoder, N: int, R: int, T: int) -> Kept:
-    """Room for what is kept of N row batches: [L, N, R, T, D] each."""
-    return {
-        stack: jnp.zeros((length, N, R, T, model.cfg.D), model.dtype)
-        for stack, length in (model.cfg.stacks | {OUTPUT: 1}).items()
-    }
+def check_held(cfg: DecoderConfig, mesh) -> None:
+    """Raises ValueError where the devices do not divide D."""
+    if cfg.D % mesh.size:
+        raise ValueError(
+            f"keep_layer_inputs=true spreads the model's width of {cfg.D} over all {mesh.size} devices, which do not divide it; leave it out"
+        )
+
+
+def no_kept(model: Decoder, X: int) -> Kept:
+    """Room for what is kept of X slots: [L, X, D] each."""
+    stacks = model.cfg.stacks | {OUTPUT: 1}
+    return {stack: jnp.zeros((length, X, model.cfg.D), model.dtype) for stack, length in stacks.items()}
 
 
 def hold(held: Kept, kept: Kept, n) -> Kept:
-    """What is held, with that of row batch n."""
-    def one(all_LNRTD, kept_LRTD):
-        return all_LNRTD.at[:, n].set(constrain(constrain(kept_LRTD, BETWEEN), P(*HELD[1:])))
+    """What is held, with that of row batch n, all of one shape."""
+
+    def one(all_LXD, kept_LRTD):
+        L, R, T, D = kept_LRTD.shape
+        kept_LXD = constrain(constrain(kept_LRTD, BETWEEN).reshape(L, R * T, D), HELD)
+        return jax.lax.dynamic_update_slice_in_dim(all_LXD, kept_LXD, n * R * T, axis=1)
 
     return jax.tree.map(one, held, kept)
 
@@ -131,9 +142,9 @@ def hold(held: Kept, kept: Kept, n) -> Kept:
 def take(held: Kept, slots_RT) -> Kept:
     """What is kept of these slots, counted through all row batches, spread by rows."""
 
-    def one(all_LNRTD):
-        L, *_, D = all_LNRTD.shape
-        return constrain(constrain(all_LNRTD.reshape(L, -1, D)[:, slots_RT], BETWEEN), P(None, *BATCH))
+    def one(all_LXD):
+        taken_LRTD = all_LXD.at[:, slots_RT].get(mode="promise_in_bounds")
+        return constrain(constrain(taken_LRTD, BETWEEN), P(None, *BATCH))
 
     return jax.tree.map(one, held)
 
@@ -302,12 +313,12 @@ class Scorer:
             static_argnames="terms",
         )
         held = NamedSharding(mesh, HELD)
-        self._no_kept = jax.jit(functools.partial(no_kept, model), out_shardings=held, static_argnums=(0, 1, 2))
+        self._no_kept = jax.jit(functools.partial(no_kept, model), out_shardings=held, static_argnums=0)
         self._hold = jax.jit(hold, out_shardings=held, donate_argnums=0)
         self._join = jax.jit(join, out_shardings=everywhere, static_argnames="groups")
-        self._take(loss, hparams)
+        self._weigh_by(loss, hparams)
 
-    def _take(self, loss: Loss, hparams: dict) -> None:
+    def _weigh_by(self, loss: Loss, hparams: dict) -> None:
         self.loss, numbers = bound(loss, hparams)
         self.hparams = jax.device_put(numbers, self._everywhere)
         self.initial_state = jax.device_put(initial_loss_state(loss), self._everywhere)
@@ -318,7 +329,7 @@ class Scorer:
     def of(self, loss: Loss, hparams: dict) -> "Scorer":
         """The same for another loss; the programs that score are shared."""
         other = copy.copy(self)
-        other._take(loss, hparams)
+        other._weigh_by(loss, hparams)
         return other
 
     def rows(self, pairs: Sequence[PairTokens], *, B: int | None = None) -> list[RowBatch]:
@@ -335,15 +346,18 @@ class Scorer:
                 scored = self._score(scored, variables, place(batch, self.mesh), terms=terms)
             return self._with_known(scored, batches)
 
-    def and_keep(self, variables: dict, batches: Sequence[RowBatch]) -> tuple[PairLogps, Kept]:
-        """The same, and what each layer was given, as `take` wants it. The batches have one shape."""
+    def and_keep(self, variables: dict, batches: Sequence[RowBatch], room: int) -> tuple[PairLogps, Kept]:
+        """The same, and what each layer was given, as `take` wants it, in room for so many slots or more. The batches have one shape."""
+        size = batches[0].tokens_RT.size
+        room = room if len(batches) * size <= room else rooms(len(batches)) * size
         terms = tuple(self.loss.terms)
         with jax.set_mesh(self.mesh):
             scored = self.no_pairs(len(batches[0].filled_B), terms)
-            held = self._no_kept(rooms(len(batches)), *batches[0].tokens_RT.shape)
+            held = self._no_kept(room)
             for n, batch in enumerate(batches):
                 scored, kept = self._score_and_keep(scored, variables, place(batch, self.mesh), terms=terms)
                 held = self._hold(held, kept, n)
+                del kept  # before the next one comes
             return self._with_known(scored, batches), held
 
     def _with_known(self, scored: PairLogps, batches: Sequence[RowBatch]) -> PairLogps:
@@ -374,11 +388,12 @@ def break_even(remat: str, *, adapters: bool = False, keeps: bool = False) -> fl
     """The active share of tokens below which scoring first is cheaper: 1 + (1 + b) p forward passes against 1 + b.
 
     b is what backward costs: the gradients of inputs and, unless only adapters are trained, of weights, each about a forward pass, and
-    what it computes again. Where scoring keeps what layers are given, it is 1 + k p: the gradients, and one forward pass again.
+    what it computes again. Where scoring keeps what layers are given, it is 1 + k p: the gradients and one forward pass, and a tenth more,
+    because near p = 1, where it matters, emptier rows and moving what was kept cost about as much (benchmarks/README.md).
     """
     gradients = 1 if adapters else 2
     backward = gradients + recomputed(remat)
-    return min(1.0, backward / (gradients + 1 if keeps else 1 + backward))
+    return backward / (1.1 * (gradients + 1) if keeps else 1 + backward)
 
 
 class TrainStep:
@@ -395,7 +410,8 @@ class TrainStep:
 
     Losses that only two passes are exact for (takes_two_passes) take two passes in mode auto too.
 
-    With `keeps`, scoring keeps what each layer is given, and second passes need not compute it.
+    With `keeps` above 0 scoring keeps what each layer is given, and second passes need not compute it; that is for how many slots there is
+    room from the start (updates with more make more).
     """
 
     def __init__(
@@ -412,11 +428,11 @@ class TrainStep:
         live: dict | None = None,
         seed: int = 0,
         total_steps: int = 1,
-        keeps: bool = False,
+        keeps: int = 0,
     ):
         everywhere = NamedSharding(scorer.mesh, P())
         self._frozen, self._live, self._shardings, self._keeps = frozen, live, shardings, keeps
-        even = break_even(model.remat, adapters=frozen is not None, keeps=keeps)
+        even = break_even(model.remat, adapters=frozen is not None, keeps=keeps > 0)
         self._below = even if two_pass_below is None else two_pass_below
         self._dropout = jax.device_put(jax.random.key(seed), everywhere) if model.lora_dropout else None
         self._fold = jax.jit(jax.random.fold_in, out_shardings=everywhere)
@@ -512,7 +528,7 @@ class TrainStep:
     def _two_pass(self, params: dict, every: list[PairTokens], rows: list[RowBatch], progress, loss_state):
         scorer, variables, held = self._scorer, variables_of(params, self._frozen, self._live), None
         if self._keeps:
-            pairs, held = scorer.and_keep(variables, rows)
+            pairs, held = scorer.and_keep(variables, rows, self._keeps)
         else:
             pairs = scorer(variables, rows)
         weighed = scorer.weigh(pairs, loss_state, progress, training=True)
@@ -520,13 +536,16 @@ class TrainStep:
         slopes = from_primary(jax.tree.map(np.asarray, jax.device_get(weighed.slopes)))
         wanted_B2 = np.any([slopes_B2 != 0 for slopes_B2 in jax.tree.leaves(slopes)], axis=0)
         grads = self._zeros(params)
-        for batch in row_batches(every, scorer.shapes, wanted_B2=wanted_B2):
+        again = row_batches(every, scorer.shapes, wanted_B2=wanted_B2)
+        for n, batch in enumerate(again):
             kept = None
             if held is not None:
                 slots = _put(slots_before(every, rows, batch), NamedSharding(scorer.mesh, P()))
                 kept = self._take(held, slots)
-            of_batch = place(batch, scorer.mesh), slopes, kept
-            grads = self._add_weighted(grads, params, self._frozen, self._live, *of_batch)
+                held = held if n + 1 < len(again) else None  # the last one runs without it
+            batch = place(batch, scorer.mesh)
+            grads = self._add_weighted(*(grads, params, self._frozen, self._live, batch, slopes, kept))
+            del kept
         return grads, weighed
 
     def form(self, state: TrainState) -> str:

@@ -19,7 +19,7 @@ from repo_jax.distributed import Interruption, agree, from_primary, join, primar
 from repo_jax.evaluation import evaluate_pairs, score_pairs
 from repo_jax.export import card_of, export_adapter, export_merged, export_model, push_export
 from repo_jax.losses import Loss
-from repo_jax.memory import explained, held_in_training, kept_in_two_passes, what_helps
+from repo_jax.memory import explained, held_in_training, kept_slots, what_helps
 from repo_jax.models.lora import init_adapters
 from repo_jax.optimizer import make_optimizer
 from repo_jax.preparation import Setup, keep_programs, set_up
@@ -87,14 +87,21 @@ def run(setup: Setup) -> pathlib.Path:
     shapes = state_shapes(setup.trained_shapes, optimizer, setup.loss)
     shardings = state_shardings(shapes, optimizer, setup.mesh)
     held = held_in_training(shapes, shardings, setup.frozen_shapes, setup.live_shapes)
-    kept = kept_in_two_passes(setup, held)
+    slots, kept = kept_slots(setup, held)
     say(banner(setup, held, kept))
     with explained(setup.mesh, held, lambda: what_helps(recipe, setup.mesh, held | kept)), Trackers() as trackers:
-        return _run(setup, optimizer, shapes, shardings, began, trackers, keeps=bool(kept))
+        return _run(setup, optimizer, shapes, shardings, began, trackers, keeps=slots)
 
 
 def _run(
-    setup: Setup, optimizer, shapes: TrainState, shardings: TrainState, began: Compiled, trackers: Trackers, *, keeps: bool
+    setup: Setup,
+    optimizer,
+    shapes: TrainState,
+    shardings: TrainState,
+    began: Compiled,
+    trackers: Trackers,
+    *,
+    keeps: int,
 ) -> pathlib.Path:
     recipe, place = setup.recipe, RunFolder(setup.recipe)
     folder = place.here

@@ -117,7 +117,7 @@ def test_frozen_parameters_are_counted_apart_from_adapters():
 @pytest.mark.parametrize("axes", [(1, 1, 1), (2, 2, 2)], ids=str)
 def test_layer_inputs_take_what_their_arrays_have_on_a_device(axes):
     mesh = make_mesh(*axes, devices=jax.devices()[: np.prod(axes)])
-    held = jax.eval_shape(lambda: no_kept(Decoder(TINY, jnp.bfloat16), 3, 4, 128))
+    held = jax.eval_shape(lambda: no_kept(Decoder(TINY, jnp.bfloat16), 3 * 4 * 128))
     shardings = jax.tree.map(lambda leaf: jax.NamedSharding(mesh, HELD), held)
     assert layer_inputs(TINY, "bfloat16", mesh, 3 * 4 * 128) == bytes_per_device(held, shardings)
 
@@ -145,8 +145,21 @@ def test_layer_inputs_are_kept_where_asked_for_or_where_they_help_and_are_few(fi
 
 
 def test_a_width_that_the_devices_do_not_divide_is_not_kept():
-    mesh = types.SimpleNamespace(size=3)
-    assert not keeps_layer_inputs(recipe(model__remat="full"), TINY, mesh, 1, 100)
+    assert not keeps_layer_inputs(recipe(model__remat="full"), TINY, devices("tpu", 0, 0, 0), 1, 100)
+
+
+def devices(platform, *places):
+    """A mesh of devices in these slices and processes."""
+    found = [types.SimpleNamespace(platform=platform, slice_index=i, process_index=i) for i in places]
+    return types.SimpleNamespace(size=len(found), devices=np.array(found))
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_layer_inputs_are_not_kept_over_a_slow_network_unless_asked_for(platform):
+    full, asked = recipe(model__remat="full"), recipe(model__remat="full", optim__keep_layer_inputs=True)
+    assert keeps_layer_inputs(full, TINY, devices(platform, 0, 0), 1, 100)
+    assert not keeps_layer_inputs(full, TINY, devices(platform, 0, 1), 1, 100)
+    assert keeps_layer_inputs(asked, TINY, devices(platform, 0, 1), 1, 100)
 
 
 def recipe(**fields):

@@ -8,6 +8,7 @@ import re
 import resource
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -36,6 +37,7 @@ from repo_jax.planning import (
 )
 from repo_jax.programs import PROGRAMS, Programs, with_dtypes
 from repo_jax.sharding import make_mesh
+from repo_jax.step import check_held
 from repo_jax.topology import NoCompilerError, parse_topology
 
 CONFIGS = ROOT / "benchmarks" / "data" / "model_configs"
@@ -83,7 +85,7 @@ def test_a_small_model_is_planned_for_v5e_in_under_a_minute(tmp_path):
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["fits"] and plan["verified"] == "compiled"
     assert plan["hbm_gib"] == 15.75 and 0 < plan["peak_gib"] < 1
-    assert set(plan["programs"]) == {"score", "add_direct", "add_weighted", "update"}
+    assert set(plan["programs"]) == {"score", "hold", "take", "add_direct", "add_weighted", "update"}
     assert plan["mesh"] == {"data": 1, "fsdp": 16, "tensor": 1}
     assert plan["flops_per_update"]["executed"] > plan["flops_per_update"]["model"] > 0
     assert any(what.endswith(" over fsdp") for what in plan["sent_gib_per_device_and_update"])
@@ -359,6 +361,8 @@ def test_a_plan_has_the_form_that_training_takes():
         )
 
     assert planned().optim.mode == "two_pass"
+    dropping = {"model_name_or_path": "m", "use_peft": True, "lora_dropout": 0.1}
+    assert planning._in_its_form(to_recipe({"model": dropping})).optim.mode == "direct"
     with pytest.raises(ValueError, match="mode=direct but loss 'kto' mixes"):
         planned(mode="direct")
 
@@ -389,6 +393,10 @@ def test_a_plan_keeps_layer_inputs_where_training_would_and_counts_them(axes):
     assert parts["take"]["beside"] == parts["hold"]["beside"] == sum(programs.held.values())
     kinds = {one.kind for name in ("hold", "take") for one in parts[name]["work"].collectives}
     assert kinds <= {"all-to-all", "all-gather"} and ("all-to-all" in kinds) == (mesh.size > 1)
+    loops = {one.loop for one in parts["add_weighted"]["work"].collectives}
+    assert mesh.size == 1 or "layers" in loops  # weights are gathered inside, a layer at a time
+    with pytest.raises(ValueError, match="keep_layer_inputs=true spreads the model's width of 16 over all 7 devices"):
+        check_held(TINY, types.SimpleNamespace(size=7))
     without = programs_for(recipe, TINY, mesh, rows, sum(programs.held.values()))
     assert without.names == ("add_weighted", "score", "update") and without.waiting == 0
     plain = compiled(without, "add_weighted", rows)

@@ -40,7 +40,9 @@ class RowBatch(NamedTuple):
     weights_RS: np.ndarray | None = None  # what each scored token counts for in its answer's sum; None: 1
     views_R2Y: np.ndarray | None = None  # the slots of one side's answers and their prompts, in order; T where unused
     known: "Known | None" = None  # the same in all row batches of a global batch
-    starts_B3: np.ndarray | None = None  # the slots, rows end to end, where a pair's prompt, chosen and rejected begin; -1: not here
+    starts_B3: np.ndarray | None = (
+        None  # the slots, rows end to end, where a pair's prompt, chosen and rejected begin; -1: not here
+    )
 
 
 class Known(NamedTuple):

@@ -66,8 +66,11 @@ REMAT = {
 }
 
 
-Kept = dict[str, jax.Array]  # stack -> [L, B, T, D], what each of its layers was given; OUTPUT -> [1, B, T, D], what the last one made
+Kept = dict[
+    str, jax.Array
+]  # stack -> [L, B, T, D], what each of its layers was given; OUTPUT -> [1, B, T, D], what the last one made
 OUTPUT = "output"
+KEPT_LAYERS = "kept_layers"  # the loop over them, in a program's text
 
 
 class Context(NamedTuple):
@@ -394,7 +397,8 @@ def _from_kept_bwd(layer, windows, residuals, g_BTD):
         return g_BTD, found[0] if len(windows) == 1 else jax.tree.map(lambda *layers: jnp.stack(layers), *found)
 
     periods = _by_period((variables, inputs_LBTD), len(windows))
-    g_BTD, dweights = jax.lax.scan(period, g_BTD, periods, reverse=True)
+    with jax.named_scope(KEPT_LAYERS):
+        g_BTD, dweights = jax.lax.scan(period, g_BTD, periods, reverse=True)
     dvariables = dict.fromkeys(variables) | {trained: _by_layer(dweights, len(windows))}
     return g_BTD, dvariables, None, None, None
 
