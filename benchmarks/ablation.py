@@ -9,11 +9,12 @@ packed          several pairs share a row of suggested length, still with two co
 shared prompt   a pair's prompt is stored once
 scored slots    the output head on scored tokens only: the direct form of an update
 two-pass        RePO at several active fractions (of scored tokens, by choice of gamma) beside RePO's direct form
+kept            two-pass, with what each layer was given kept from the first pass for the second
 
 What is timed is the whole gradient of one update, its row batches one after another, as training does it; the rows of first passes are
 built before. The ideal gain is a ratio of operations, each rung with no padding in its rows (the padded rung: with its own). An operation
-counts as often as it is done: a forward pass once, a direct pass 3 + r times (r: what remat computes again), the head 4 times there and 3
-times in a second pass. Attention counts what is visible, and in all rungs skips what is not.
+counts as often as it is done: a forward pass once, a direct pass 3 + r times (r: what remat computes again), a second pass with kept inputs 3 times, the
+head 4 times in a direct pass and 3 times in a second one. Attention counts what is visible, and in all rungs skips what is not.
 
 Gradients are compared with the padded rung's, those of two passes with the direct form's at the same gamma. With --bf16 the slopes of the
 log-probs (c) are computed once and the same everywhere; `noise` is then how far bfloat16 is from float32 in the padded rung.
@@ -42,7 +43,7 @@ import optax
 from repo_jax.benchmark import about, prepare
 from repo_jax.config import load_recipe
 from repo_jax.data.batches import batch_indices
-from repo_jax.data.rows import RowBatch, RowShape, round_up, row_batches, suggest_shapes
+from repo_jax.data.rows import RowBatch, RowShape, round_up, row_batches, slots_before, suggest_shapes
 from repo_jax.data.schema import PairTokens
 from repo_jax.flops import Lengths, lengths_of, visible_keys
 from repo_jax.losses import make_loss
@@ -50,7 +51,7 @@ from repo_jax.models.config import DecoderConfig
 from repo_jax.preparation import Setup, slots_per_device
 from repo_jax.sharding import batch_ways
 from repo_jax.state import state_shapes, state_shardings
-from repo_jax.step import Scorer, TrainStep, add_weighted, break_even, place
+from repo_jax.step import Scorer, Slopes, TrainStep, add_weighted, place, recomputed, take
 
 FRACTIONS = (0.9, 0.6, 0.4, 0.2)
 DIRECT = "scored slots, RePO"
@@ -67,6 +68,7 @@ class Rung(NamedTuple):
     operations: float  # that it cannot do without
     gamma: float | None = None  # of RePO
     again: tuple[RowBatch, ...] | None = None  # the rows of a second pass
+    keeps: bool = False
 
     @property
     def form(self) -> str:
@@ -140,8 +142,9 @@ def one_answer_rungs(setup: Setup, pairs: list[PairTokens], padded_pairs: int) -
 
 
 def two_pass_rungs(setup: Setup, params: dict, pairs: list[PairTokens]) -> list[Rung]:
-    """RePO's: the direct form, and two passes at each active fraction."""
+    """RePO's: the direct form, and two passes at each active fraction, without and with kept inputs."""
     step, scorer = stepper(setup, *make_loss("repo"))
+    keeping, _ = stepper(setup, *make_loss("repo"), scorer, keeps=True)
     rows, lengths = row_batches(pairs, setup.shapes), lengths_of(pairs)
     margins_B = np.asarray(scorer({"params": params}, rows).mean_margin_B)
     cfg, remat = setup.cfg, setup.recipe.model.remat
@@ -153,18 +156,22 @@ def two_pass_rungs(setup: Setup, params: dict, pairs: list[PairTokens]) -> list[
         some = lengths.only(active_B2)
         slots = int(some.prompt_B.sum() + some.branches_B2.sum())
         part = forward(cfg, some, slots, head=int(some.scored_B2.sum()))
-        operations = whole.layers + whole.head + direct(part, remat, head=3)
         again = tuple(row_batches(pairs, setup.shapes, wanted_B2=active_B2))
-        rungs.append(Rung(f"two-pass, {fraction:g}", DIRECT, step, scorer, rows, operations, gamma, again))
+        name, first = f"two-pass, {fraction:g}", whole.layers + whole.head
+        second, kept = direct(part, remat, head=3), 3 * part.layers + 3 * part.head
+        rungs.append(Rung(name, DIRECT, step, scorer, rows, first + second, gamma, again))
+        rungs.append(Rung(f"{name}, kept", name, keeping, scorer, rows, first + kept, gamma, again, True))
     return rungs
 
 
-def stepper(setup: Setup, loss, hparams: dict) -> tuple[TrainStep, Scorer]:
+def stepper(
+    setup: Setup, loss, hparams: dict, scorer: Scorer | None = None, *, keeps: bool = False
+) -> tuple[TrainStep, Scorer]:
     """Of a loss; the optimizer is never run."""
     optimizer = optax.sgd(0.0)
     shardings = state_shardings(state_shapes(setup.trained_shapes, optimizer), optimizer, setup.mesh)
-    scorer = Scorer(setup.model, loss, hparams, setup.mesh, setup.shapes)
-    return TrainStep(scorer, setup.model, loss, optimizer, shardings, mode="direct"), scorer
+    scorer = scorer or Scorer(setup.model, loss, hparams, setup.mesh, setup.shapes)
+    return TrainStep(scorer, setup.model, loss, optimizer, shardings, mode="direct", keeps=keeps), scorer
 
 
 def gamma_for(fraction: float, margins_B: np.ndarray, tokens_B: np.ndarray) -> float:
@@ -192,7 +199,7 @@ def padded_rows(pairs: list[PairTokens], at_a_time: int, *, views: bool) -> list
                 rows += row_batches(pairs, shape, wanted_B2=alone_B2)
         fields = (
             None if parts[0] is None else np.concatenate(parts)
-            for parts in zip(*(row[:-1] for row in rows), strict=True)
+            for parts in zip(*(row._replace(known=None, starts_B3=None) for row in rows), strict=True)
         )
         filled_B = np.any([row.filled_B for row in rows], axis=0)
         batches.append(RowBatch(*fields)._replace(filled_B=filled_B, known=rows[0].known))
@@ -267,8 +274,7 @@ def forward(cfg: DecoderConfig, lengths: Lengths, slots: int, *, head: int) -> W
 
 def direct(work: Work, remat: str, *, head: int = 4) -> float:
     """Of forward and backward; `head` is how many products with the head there are."""
-    passes = 1 / (1 - break_even(remat))  # 3 + r
-    return passes * work.layers + head * work.head
+    return (3 + recomputed(remat)) * work.layers + head * work.head
 
 
 # What is measured
@@ -280,26 +286,24 @@ def compared(
     """How far each rung's gradient is from that of the padded rung, or of RePO's direct form, as a share of its norm; every
     program is compiled on the way. With `same_slopes` also the noise of the dtype."""
     far = jax.jit(lambda one, other: optax.tree.norm(jax.tree.map(jnp.subtract, one, other)) / optax.tree.norm(other))
-    weighted = functools.partial(weighted_grads, setup, params)
-    differences, noise, reference, slopes_B2 = {}, None, None, None
+    differences, noise, reference, slopes = {}, None, None, None
     for rung in rungs:
         grads, _ = gradient(rung, params, pairs)
         if rung.name == DIRECT:
             del grads
             continue  # the reference depends on gamma
-        if rung.before is None or rung.form == "two_pass":  # the first of those with the same slopes
+        if rung.before in (None, DIRECT):  # the first of those with the same slopes
             if same_slopes:
-                weighed = rung.scorer.weigh(rung.scorer({"params": params}, rung.rows))
-                slopes_B2 = weighed.slopes.logps_B2
-                reference = weighted(setup.model, rung.rows, slopes_B2)
+                slopes = rung.scorer.weigh(rung.scorer({"params": params}, rung.rows)).slopes
+                reference = weighted_grads(rung._replace(again=None), params, pairs, slopes)
             else:
                 reference = gradient(rung._replace(again=None), params, pairs)[0]
         if same_slopes:
             if rung.before is None:
-                exact = weighted(setup.model.clone(dtype=jnp.float32), rung.rows, slopes_B2)
+                exact = weighted_grads(rung, params, pairs, slopes, dtype=jnp.float32)
                 noise = float(far(reference, exact))
                 del exact
-            grads = weighted(setup.model, rung.again or rung.rows, slopes_B2)
+            grads = weighted_grads(rung, params, pairs, slopes)
         differences[rung.name] = float(far(grads, reference))
     return differences, noise
 
@@ -311,13 +315,17 @@ def gradient(rung: Rung, params: dict, pairs: list[PairTokens]) -> tuple[dict, d
     return jax.block_until_ready(rung.step.mean_grads(params, pairs, rows=rung.rows, form=rung.form))
 
 
-def weighted_grads(setup: Setup, params: dict, model, rows, slopes_B2) -> dict:
-    """Of the log-likelihood weighted by these slopes."""
-    push = jax.jit(functools.partial(add_weighted, model=model), donate_argnums=0)
+def weighted_grads(rung: Rung, params: dict, pairs: list[PairTokens], slopes: Slopes, *, dtype=None) -> dict:
+    """Of the log-likelihood weighted by these slopes, with what the rung computes and keeps."""
+    scorer = rung.scorer
+    held = scorer.and_keep({"params": params}, rung.rows, 1)[1] if rung.keeps and rung.again else None
+    model = scorer.model if dtype is None else scorer.model.clone(dtype=dtype)
+    push, pick = jax.jit(functools.partial(add_weighted, model=model), donate_argnums=0), jax.jit(take)
     grads = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), params)
-    with jax.set_mesh(setup.mesh):
-        for batch in rows:
-            grads = push(grads, params, None, place(batch, setup.mesh), slopes_B2)
+    with jax.set_mesh(scorer.mesh):
+        for batch in rung.again or rung.rows:
+            kept = None if held is None else pick(held, slots_before(pairs, rung.rows, batch))
+            grads = push(grads, params, None, None, place(batch, scorer.mesh), slopes, kept)
     return grads
 
 

@@ -1,6 +1,6 @@
 """Compiles the programs of an update for TPUs or GPUs that are not there, and says what is in them: memory, kernels, collectives.
 
-python benchmarks/compile.py --topology v5e:4x4 --shape 8b [--mesh 1,16,1] [--remat full] [--row_length 4352] [--json FILE]
+python benchmarks/compile.py --topology v5e:4x4 --shape 8b [--mesh 1,16,1] [--remat full] [--row_length 4352] [--keeps 1] [--json FILE]
 python benchmarks/compile.py --topology h200:1x1x8 --shape 8b
 
 Any machine does; nothing runs and no array is made. TPUs (v5e:4x4, v5p:2x2x2, v6e:4x4: numbers are chips) need `jax[tpu]`. NVIDIA's
@@ -56,7 +56,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=128, help="per update")
     parser.add_argument("--remat", default="full")
     parser.add_argument("--loss", default="repo")
-    parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
+    parser.add_argument("--keeps", type=int, default=0, help="row batches whose layer inputs two passes keep")
+    parser.add_argument("--programs", nargs="+", choices=PROGRAMS, help="default: all of an update")
     parser.add_argument("--compiler_options", nargs="*", default=[], metavar="NAME=VALUE")
     parser.add_argument("--hlo", type=pathlib.Path, help="a folder for the programs' text")
     parser.add_argument("--json", type=pathlib.Path)
@@ -76,7 +77,8 @@ def main() -> None:
         arguments.view_length or round(0.75 * T / 128) * 128,
     )
     recipe = recipe_of(arguments.pairs, remat=arguments.remat, loss=arguments.loss)
-    compiled, limit = Programs(recipe, cfg, mesh, shape), usable_memory(topology, devices) / GIB
+    compiled = Programs(recipe, cfg, mesh, shape, arguments.keeps)
+    limit = usable_memory(topology, devices) / GIB
     print(f"{arguments.shape} for {arguments.topology}, mesh {dict(mesh.shape)}, {shape}, remat {arguments.remat}")
     print(f"jax {jax.__version__}; {limit:.1f} GiB per device")
     print(
@@ -85,7 +87,7 @@ def main() -> None:
         + " GiB"
     )
     found = {}
-    for name in arguments.programs:
+    for name in arguments.programs or compiled.names:
         begin = time.perf_counter()
         try:
             program = compiled(name, dict(option.split("=", 1) for option in arguments.compiler_options))
@@ -101,6 +103,7 @@ def main() -> None:
         found[name] = {
             "compile_seconds": round(seconds, 1),
             "peak_gib": round(memory.peak_memory_in_bytes / GIB, 2),
+            "kept_gib": round(compiled.waiting * (name in ("score", "add_weighted")) / GIB, 2),  # those that wait
             "argument_gib": round(memory.argument_size_in_bytes / GIB, 2),
         } | report(text, cfg, mesh, shape, compiled.model.head_chunks)
         show(name, found[name], limit)
@@ -111,7 +114,7 @@ def main() -> None:
             "shape": arguments.shape,
             "rows": shape._asdict(),
         }
-        said |= {"remat": arguments.remat, "jax": jax.__version__, "programs": found}
+        said |= {"remat": arguments.remat, "keeps": arguments.keeps, "jax": jax.__version__, "programs": found}
         arguments.json.write_text(json.dumps(said, indent=1) + "\n")
 
 
@@ -168,11 +171,12 @@ def report(text: str, cfg: DecoderConfig, mesh: Mesh, shape: RowShape, head_chun
 
 
 def show(name: str, found: dict, limit: float) -> None:
-    fits = "ok" if found["peak_gib"] < limit else "NO"
+    fits = "ok" if found["peak_gib"] + found["kept_gib"] < limit else "NO"
+    beside = f", {found['kept_gib']} GiB of layer inputs wait beside it" if found["kept_gib"] else ""
     print(
         f"\n{name}: compiled in {found['compile_seconds']} s, {found['tpu_custom_calls']} TPU kernels (tpu_custom_call)"
     )
-    print(f"  {fits}  peak {found['peak_gib']} GiB of {limit:.1f}, {found['argument_gib']} of them arguments")
+    print(f"  {fits}  peak {found['peak_gib']} GiB of {limit:.1f}, {found['argument_gib']} of them arguments{beside}")
     for check, against in found["checks"].items():
         print(f"  {'NO' if against else 'ok'}  {check}" + (": " + ", ".join(against[:6]) if against else ""))
     for what, one in found["collectives"].items():

@@ -21,7 +21,7 @@ from repo_jax.data.schema import PairTokens
 from repo_jax.flops import flops_of, lengths_of
 from repo_jax.hardware import chip_of, peak_memory
 from repo_jax.losses import title_of
-from repo_jax.memory import explained, held_in_training, what_helps
+from repo_jax.memory import explained, held_in_training, kept_slots, what_helps
 from repo_jax.models.config import DecoderConfig
 from repo_jax.models.decoder import param_shapes
 from repo_jax.models.lora import init_adapters
@@ -86,8 +86,9 @@ def bench(setup: Setup, *, steps: int, warmup: int, split_steps: int) -> dict:
     shapes = state_shapes(setup.trained_shapes, optimizer, setup.loss)
     shardings = state_shardings(shapes, optimizer, setup.mesh)
     held = held_in_training(shapes, shardings, setup.frozen_shapes, setup.live_shapes)
-    with explained(setup.mesh, held, lambda: what_helps(setup.recipe, setup.mesh, held)):
-        run, state = _start(setup, optimizer, shapes, shardings)
+    slots, kept = kept_slots(setup, held)
+    with explained(setup.mesh, held, lambda: what_helps(setup.recipe, setup.mesh, held | kept)):
+        run, state = _start(setup, optimizer, shapes, shardings, keeps=slots)
         batches = _batches(setup)
         state, _ = measure(run.step, state, batches, warmup)
         warm = compiled()
@@ -104,6 +105,7 @@ def bench(setup: Setup, *, steps: int, warmup: int, split_steps: int) -> dict:
         "padding_fraction": _mean(one.metrics["padding_fraction"] for one in measured),
         "active_fraction": _mean(one.metrics["active_fraction"] for one in measured),
         "active_token_fraction": _mean(one.metrics["active_token_fraction"] for one in measured),
+        "keeps_layer_inputs": bool(kept),
         "two_pass_fraction": _mean(one.metrics["two_pass"] for one in measured),
         "shapes": [list(shape) for shape in setup.shapes],
         "compilations": {**_compilations(warm.since(began)), "while_measured": late.programs},
@@ -111,7 +113,7 @@ def bench(setup: Setup, *, steps: int, warmup: int, split_steps: int) -> dict:
     return found
 
 
-def _start(setup: Setup, optimizer, shapes: TrainState, shardings: TrainState) -> tuple[Run, TrainState]:
+def _start(setup: Setup, optimizer, shapes: TrainState, shardings: TrainState, *, keeps: int) -> tuple[Run, TrainState]:
     model, optim, run = setup.recipe.model, setup.recipe.optim, setup.recipe.run
     frozen = setup.pretrained.params(setup.mesh, model.param_dtype) if model.use_peft else None
     if frozen is None:
@@ -121,7 +123,7 @@ def _start(setup: Setup, optimizer, shapes: TrainState, shardings: TrainState) -
     scorer = Scorer(setup.model, setup.loss, setup.hparams, setup.mesh, setup.shapes)
     options = {"mode": optim.mode, "two_pass_below": optim.two_pass_below, "frozen": frozen, "seed": run.seed}
     live = live_reference(setup, frozen)
-    options |= {"live": live, "total_steps": setup.total_steps}
+    options |= {"live": live, "total_steps": setup.total_steps, "keeps": keeps}
     step = TrainStep(scorer, setup.model, setup.loss, optimizer, shardings, **options)
     return Run(scorer, step, frozen, live), initial_state(params, optimizer, shardings, setup.loss)
 
@@ -344,6 +346,7 @@ def as_text(found: dict) -> str:
         f"peak memory        {found[memory]:.2f} GiB" + (" of the process" if "process" in memory else " on a device"),
         f"padding            {found['padding_fraction']:.1%} of all slots",
         f"active             {found['active_fraction']:.1%} of the pairs, {found['active_token_fraction']:.1%} of the scored tokens",
+        f"layer inputs       {'kept' if found['keeps_layer_inputs'] else 'not kept'} in two passes",
         f"row shapes         {', '.join(f'{R} rows of {T} slots ({S} scored)' for R, T, S, *_ in found['shapes'])}",
         f"compiled           {found['compilations']['programs']} programs in {found['compilations']['seconds']:.1f} s, "
         f"{found['compilations']['while_measured']} more while measured",

@@ -209,10 +209,18 @@ class OptimSection:
         le=1,
         description="mode auto takes two passes below this active share; null: where the arithmetic breaks even",
     )
+    keep_layer_inputs: bool | None = Field(
+        None,
+        description="two passes: scoring keeps what each layer is given, which saves backward a forward pass; null: where that takes at most a quarter of the memory that is free and remat keeps no more anyway",
+    )
 
     def __post_init__(self):
         if self.two_pass_below is not None and self.mode != "auto":
             raise ValueError(f"two_pass_below={self.two_pass_below:g} but mode={self.mode}; leave one of them out")
+        if self.keep_layer_inputs is not None and self.mode == "direct":
+            raise ValueError(
+                f"keep_layer_inputs={str(self.keep_layer_inputs).lower()} but mode=direct, which takes one pass; leave one of them out"
+            )
         if self.moment_dtype == "float32":
             return
         if self.optim == "adafactor":

@@ -112,7 +112,7 @@ def computations(text: str) -> dict[str, list[Instruction]]:
 
 def loop_of(source: str) -> str:
     """What a loop of the program itself goes over. Others (windowed products, searches) count as where they stand."""
-    if "Decoder._run/while" in source:
+    if "Decoder._run/while" in source or "kept_layers/while" in source:
         return "layers"
     return "outside" if "Decoder" in source or not source.endswith("/while") else "head"
 

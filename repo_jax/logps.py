@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from repo_jax.data.rows import RowBatch
 from repo_jax.losses import Loss, PairLogps
 from repo_jax.models.attention import MASKED, soften
-from repo_jax.models.decoder import Decoder, output_head
+from repo_jax.models.decoder import Decoder, Kept, output_head
 from repo_jax.sharding import BATCH, constrain
 
 
@@ -34,34 +34,49 @@ def pair_logps(
     switches on; beside them "reference", those of the reference model, for the terms that compare with its whole distribution. Tokens
     with weights count for these in the sums of log-probs and for 1 in the lengths and terms.
     """
+    return pair_logps_and_kept(model, variables, batch, dropout=dropout, terms=terms, keep=False)[0]
+
+
+def pair_logps_and_kept(
+    model: Decoder, variables: dict, batch: RowBatch, *, dropout=None, terms: Sequence[str] = (), keep: bool
+) -> tuple[PairLogps, Kept | None]:
+    """pair_logps, and what each layer was given if that is to be kept."""
     B = batch.filled_B.shape[0]
 
     def sum_by_answer(x_RS):
         # Unused entries carry 2 * B, which segment_sum drops.
         return jax.ops.segment_sum(x_RS.ravel(), batch.answers_RS.ravel(), num_segments=2 * B).reshape(B, 2)
 
-    logps_RS, *terms_RS = scored_tokens(model, variables, batch, dropout=dropout, terms=terms)
+    (logps_RS, *terms_RS), kept = scored_tokens(model, variables, batch, dropout=dropout, terms=terms, keep=keep)
     lengths_B2 = sum_by_answer(jnp.ones_like(logps_RS))
     if batch.weights_RS is not None:
         logps_RS = logps_RS * batch.weights_RS
     summed = {name: sum_by_answer(term_RS) for name, term_RS in zip(terms, terms_RS, strict=True)}
-    return PairLogps(sum_by_answer(logps_RS), lengths_B2, terms=summed)
+    return PairLogps(sum_by_answer(logps_RS), lengths_B2, terms=summed), kept
 
 
 def scored_tokens(
-    model: Decoder, variables: dict, batch: RowBatch, *, dropout=None, terms: Sequence[str] = ()
-) -> list[jax.Array]:
-    """[R, S] each: the log-probs of the scored tokens, and the terms."""
-    source_RSD = predicting(model, variables, batch, dropout)
+    model: Decoder, variables: dict, batch: RowBatch, *, dropout=None, terms: Sequence[str] = (), keep: bool = False
+) -> tuple[list[jax.Array], Kept | None]:
+    """[R, S] each: the log-probs of the scored tokens, and the terms; and what each layer was given if that is to be kept."""
+    source_RSD, kept = predicting(model, variables, batch, dropout, keep=keep)
     live = reference_of(model, variables, batch, terms)
-    head = head_of(model, variables)
-    return token_scores(source_RSD, head, batch.targets_RS, used=used_of(batch), terms=terms, reference=live)
+    head, used = head_of(model, variables), used_of(batch)
+    return token_scores(source_RSD, head, batch.targets_RS, used=used, terms=terms, reference=live), kept
 
 
-def weighted_logps(model: Decoder, variables: dict, batch: RowBatch, slopes_B2, terms: Mapping[str, jax.Array] = {}):
+def weighted_logps(
+    model: Decoder,
+    variables: dict,
+    batch: RowBatch,
+    slopes_B2,
+    terms: Mapping[str, jax.Array] = {},
+    *,
+    kept: Kept | None = None,
+):
     """The sum over answers of slope times log-prob, whose gradient the head makes as it goes, because the slopes are known.
 
-    `terms` holds the slopes of the terms.
+    `terms` holds the slopes of the terms; `kept` is what each layer was given when these tokens were scored, if that was kept.
     """
 
     def by_token(slopes_B2):
@@ -70,24 +85,29 @@ def weighted_logps(model: Decoder, variables: dict, batch: RowBatch, slopes_B2, 
     slopes_RS = by_token(slopes_B2)
     if batch.weights_RS is not None:
         slopes_RS = slopes_RS * batch.weights_RS
-    source_RSD = predicting(model, variables, batch)
+    source_RSD, _ = predicting(model, variables, batch, kept=kept)
     live = reference_of(model, variables, batch, terms)
     of_terms = {name: by_token(term_B2) for name, term_B2 in terms.items()}
     head, used = head_of(model, variables), used_of(batch)
     return weighted_sum(source_RSD, head, batch.targets_RS, slopes_RS, used=used, terms=of_terms, reference=live)
 
 
-def predicting(model: Decoder, variables: dict, batch: RowBatch, dropout=None):
-    """source_RSD: the hidden states that predict the scored tokens."""
+def predicting(
+    model: Decoder, variables: dict, batch: RowBatch, dropout=None, *, keep: bool = False, kept: Kept | None = None
+):
+    """source_RSD: the hidden states that predict the scored tokens; and what each layer was given if that is to be kept."""
     variables = {name: collection for name, collection in variables.items() if name != "reference"}
     with exact_matmuls(model.dtype):
         hidden_RTD = model.apply(
             variables,
             *(batch.tokens_RT, batch.positions_RT, batch.segments_RT, batch.prompts_RT, batch.views_R2Y),
+            keep=keep,
+            kept=kept,
             rngs=None if dropout is None else {"dropout": dropout},
         )
+    hidden_RTD, found = hidden_RTD if keep else (hidden_RTD, None)
     # Not a shift by one: a prompt's last slot predicts two tokens, the first of each answer.
-    return jnp.take_along_axis(hidden_RTD, batch.sources_RS[..., None], axis=1)
+    return jnp.take_along_axis(hidden_RTD, batch.sources_RS[..., None], axis=1), found
 
 
 def is_live(loss: Loss) -> bool:
@@ -100,7 +120,7 @@ def reference_of(model: Decoder, variables: dict, batch: RowBatch, terms) -> tup
     if not any(TERMS[name].live for name in terms):
         return None
     reference = jax.lax.stop_gradient(variables["reference"])
-    return jax.lax.stop_gradient(predicting(model, reference, batch)), head_of(model, reference)
+    return jax.lax.stop_gradient(predicting(model, reference, batch)[0]), head_of(model, reference)
 
 
 def used_of(batch: RowBatch):

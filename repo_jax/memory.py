@@ -8,11 +8,17 @@ from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from repo_jax.config import Recipe, StoppedError
-from repo_jax.preparation import slots_per_device
+from repo_jax.data.rows import RowShape, round_up
+from repo_jax.distributed import from_primary
+from repo_jax.models.config import DecoderConfig
+from repo_jax.preparation import Setup, slots_per_device
+from repo_jax.sharding import batch_ways
 from repo_jax.state import TrainState
+from repo_jax.step import recomputed, rooms
 
 GIB = 2**30
 # XLA's words on CPU, GPU and TPU, at run time and when it compiles.
@@ -67,6 +73,78 @@ def held_in_scoring(params: dict, live: dict | None = None) -> dict[str, int]:
     }
 
 
+# Of the memory that is free beside what training holds and what its programs need by formula, what layer inputs may take.
+FOR_LAYER_INPUTS = 0.25
+
+
+def layer_inputs(cfg: DecoderConfig, dtype, mesh: Mesh, slots: int) -> int:
+    """Bytes per device of what every layer is given in so many slots, and of what the last one makes, in the form in which they wait."""
+    share = math.ceil(cfg.D / mesh.size)
+    if mesh.devices.flat[0].platform == "tpu":
+        share = round_up(share, 128)  # the width of a register, which TPUs fill up
+    return (cfg.L + 1) * slots * share * jnp.dtype(dtype).itemsize
+
+
+def keeps_layer_inputs(recipe: Recipe, cfg: DecoderConfig, mesh: Mesh, size: int, free: float) -> bool:
+    """Whether two passes keep layer inputs, which take `size` bytes of those that are free on a device: as the recipe says, or where it is
+    of use, they are few, and no slow network lies between the devices that hold them."""
+    asked = recipe.optim.keep_layer_inputs
+    if recipe.optim.mode == "direct" or asked is not None:
+        return bool(asked)
+    possible = cfg.D % mesh.size == 0 and len({_near(device) for device in mesh.devices.flat}) == 1
+    return possible and recomputed(recipe.model.remat) > 0.5 and size <= FOR_LAYER_INPUTS * free
+
+
+def _near(device) -> int:
+    """The slice of a TPU, the host of a GPU: within it links are fast."""
+    return device.process_index if device.platform == "gpu" else getattr(device, "slice_index", 0)
+
+
+def temporaries(remat: str, cfg: DecoderConfig, tokens: int, tensor: int, width: int, *, adapts: bool) -> float:
+    """Bytes of a forward and backward pass beyond its arguments, by formula: what layers keep, one layer at work, and the head. `tokens` are
+    those of a device, `width` the bytes of a number."""
+    heads, keys = cfg.N * cfg.H / tensor, cfg.K * cfg.H / tensor
+    results = heads + 2 * keys + 2 * cfg.D + 2 * cfg.F / tensor  # of weight matmuls
+    kept = {
+        "offload": 0,
+        "full": cfg.D,
+        "attention": cfg.D + heads + 2 * cfg.N / tensor,
+        "dots": cfg.D + results,
+        "none": 5 * cfg.D + 2 * results + 3 * cfg.F / tensor,
+    }[remat]
+    layer = (cfg.D * cfg.H * (2 * cfg.N + 2 * cfg.K) + 3 * cfg.D * cfg.F) / tensor
+    head = cfg.padded_V * cfg.D / tensor
+    # The head gathered, and its gradient in float32; one chunk of logits; two layers gathered and a layer's gradients.
+    fixed = (
+        head * (width + (0 if adapts else 4)) + 1024 * cfg.padded_V / tensor * 4 + layer * width * (2 if adapts else 3)
+    )
+    return fixed + tokens * width * (kept * cfg.L + results + 3 * cfg.F / tensor + 4 * cfg.D)
+
+
+def at_work(recipe: Recipe, cfg: DecoderConfig, mesh: Mesh, shape: RowShape) -> float:
+    """Temporaries of row batches of this shape, for a recipe whose dtypes are filled in."""
+    tokens, width = shape.R // batch_ways(mesh) * shape.T, jnp.dtype(recipe.model.compute_dtype).itemsize
+    adapts = recipe.model.use_peft
+    return temporaries(recipe.model.remat, cfg, tokens, mesh.shape["tensor"], width, adapts=adapts)
+
+
+def kept_slots(setup: Setup, held: dict[str, int]) -> tuple[int, dict[str, int]]:
+    """Of how many slots two passes of this run keep layer inputs, those of a large update, and {"layer inputs": bytes per device}; 0 and {}
+    where they do not. The same on all hosts."""
+    B, mesh = setup.recipe.optim.train_batch_size * (1 + len(setup.loss.groups)), setup.mesh
+    shape = setup.shapes[0]
+    R, T, *_ = shape
+    # Of random updates one in a thousand has more slots; and some stay empty.
+    slots = B * float(setup.train.slots.mean()) + 3 * math.sqrt(B) * float(setup.train.slots.std())
+    batches = rooms(math.ceil(1.05 * slots / (R * T)))
+    size = layer_inputs(setup.cfg, setup.recipe.model.compute_dtype, mesh, batches * R * T)
+    device = mesh.local_devices[0]
+    limit = room(device) or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
+    free = limit - sum(held.values()) - at_work(setup.recipe, setup.cfg, mesh, shape)
+    keeps = keeps_layer_inputs(setup.recipe, setup.cfg, mesh, size, free)
+    return (batches * R * T, {"layer inputs": size}) if from_primary(np.bool_(keeps)) else (0, {})
+
+
 def room(device) -> int | None:
     """How many bytes programs may use on a device, where it says."""
     return (device.memory_stats() or {}).get("bytes_limit")
@@ -101,8 +179,8 @@ def explained(mesh: Mesh, held: dict[str, int], advice: Callable[[], list[str]])
 def what_helps(recipe: Recipe, mesh: Mesh, held: dict[str, int]) -> list[str]:
     """What would need less memory and is not done yet by a recipe whose every `auto` is filled in, cheapest first."""
     model, data, optim = recipe.model, recipe.data, recipe.optim
-    device, total = mesh.local_devices[0], sum(held.values())
-    limit = room(device)
+    device, limit = mesh.local_devices[0], room(mesh.local_devices[0])
+    total = sum(size for kind, size in held.items() if kind != "layer inputs")
     full = "gradients" in held and "adapters" not in held  # all parameters are trained
     found = []
 
@@ -121,6 +199,8 @@ def what_helps(recipe: Recipe, mesh: Mesh, held: dict[str, int]) -> list[str]:
             )
         if "gradients" in held and model.remat != "full":
             found.append(f"remat: full (now {model.remat}; layers are computed twice instead of kept)")
+    if "layer inputs" in held:
+        found.append(f"keep_layer_inputs: false ({saves(held['layer inputs'])}; two passes compute more)")
     if (ways := mesh.shape["data"]) > 1:
         fsdp = ways * mesh.shape["fsdp"]
         found.append(

@@ -25,13 +25,13 @@ from repo_jax.data.rows import RowShape, Sizes, packed, suggest_shapes
 from repo_jax.flops import Lengths, flops_of
 from repo_jax.hlo import Work, by_kind_and_axes, work_of
 from repo_jax.losses import make_loss, title_of
-from repo_jax.memory import is_out_of_memory
+from repo_jax.memory import at_work, is_out_of_memory, keeps_layer_inputs, layer_inputs, temporaries
 from repo_jax.models.config import DecoderConfig
 from repo_jax.models.decoder import param_shapes
 from repo_jax.preparation import slots_per_device, without_auto
 from repo_jax.programs import Held, Programs, with_dtypes
 from repo_jax.sharding import AXES, make_mesh
-from repo_jax.step import break_even, needs_two_passes, takes_two_passes
+from repo_jax.step import check_held, needs_two_passes, recomputed, rooms, takes_two_passes
 from repo_jax.stores import model_files
 from repo_jax.topology import (
     NoCompilerError,
@@ -56,7 +56,7 @@ TYPICAL = """
 525,571,383 455,389,685 73,1011,589 69,687,1056 38,1134,794 636,1312,1345
 """
 # Which programs an update runs; those of a row batch as often as there are any.
-FORMS = {"direct": ("add_direct", "update"), "two_pass": ("score", "add_weighted", "update")}
+FORMS = {"direct": ("add_direct", "update"), "two_pass": ("score", "hold", "take", "add_weighted", "update")}
 ROOFLINE = (
     "a lower bound: the longest of matmul FLOPs over the published peak, memory traffic over the published rate (arguments and "
     "results of each program once, what collectives bring written and read), and bytes sent over the published one-way rate of the "
@@ -109,7 +109,9 @@ def plan(
 
 
 def _in_its_form(recipe: Recipe) -> Recipe:
-    """As training has it: a loss that only two passes are exact for takes two."""
+    """As training has it: a loss that only two passes are exact for takes two, and adapters with dropout one."""
+    if recipe.model.use_peft and recipe.model.lora_dropout:
+        return dataclasses.replace(recipe, optim=dataclasses.replace(recipe.optim, mode="direct"))
     if not takes_two_passes(make_loss(**recipe.loss)[0]):
         return recipe
     if recipe.optim.mode == "direct":
@@ -256,36 +258,10 @@ def estimate(
         "links": rows.batches * moved / slow if slow else 0.0,
     }
     limit = max(seconds, key=seconds.get)
-    temporaries = _temporaries(recipe.model.remat, cfg, tokens, tensor, width, adapts)
+    needed = temporaries(recipe.model.remat, cfg, tokens, tensor, width, adapts=adapts)
     return Estimate(
-        held, temporaries, rows.batches * flops, rows.batches * moved, seconds[limit], limit, sum(seconds.values())
+        held, needed, rows.batches * flops, rows.batches * moved, seconds[limit], limit, sum(seconds.values())
     )
-
-
-def recomputed(remat: str) -> float:
-    """How many forward passes the backward pass computes again."""
-    share = break_even(remat)  # (2 + r) / (3 + r)
-    return (3 * share - 2) / (1 - share)
-
-
-def _temporaries(remat: str, cfg: DecoderConfig, tokens: int, tensor: int, width: int, adapts: bool) -> float:
-    """Bytes of a forward and backward pass beyond its arguments: what layers keep, one layer at work, and the head."""
-    heads, keys = cfg.N * cfg.H / tensor, cfg.K * cfg.H / tensor
-    results = heads + 2 * keys + 2 * cfg.D + 2 * cfg.F / tensor  # of weight matmuls
-    kept = {
-        "offload": 0,
-        "full": cfg.D,
-        "attention": cfg.D + heads + 2 * cfg.N / tensor,
-        "dots": cfg.D + results,
-        "none": 5 * cfg.D + 2 * results + 3 * cfg.F / tensor,
-    }[remat]
-    layer = (cfg.D * cfg.H * (2 * cfg.N + 2 * cfg.K) + 3 * cfg.D * cfg.F) / tensor
-    head = cfg.padded_V * cfg.D / tensor
-    # The head gathered, and its gradient in float32; one chunk of logits; two layers gathered and a layer's gradients.
-    fixed = (
-        head * (width + (0 if adapts else 4)) + 1024 * cfg.padded_V / tensor * 4 + layer * width * (2 if adapts else 3)
-    )
-    return fixed + tokens * width * (kept * cfg.L + results + 3 * cfg.F / tensor + 4 * cfg.D)
 
 
 # By the compiler
@@ -318,8 +294,12 @@ def compiled(programs: Programs, name: str, rows: Rows) -> dict:
         "arguments": memory.argument_size_in_bytes,
         "beside": beside,
         "temporaries": memory.peak_memory_in_bytes - memory.argument_size_in_bytes,
-        "traffic": memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
+        # hold and take touch but a row batch's share of what waits.
+        "traffic": (
+            2 * programs.row_batch
+            if name in ("hold", "take")
+            else memory.argument_size_in_bytes + memory.output_size_in_bytes
+        )
         + 2 * sum(one.brought for one in work.collectives),
         "work": work,
     }
@@ -344,19 +324,32 @@ def make_plan(
         return found if found["fits"] or not explain else found | {"would_fit": what_would_fit(given, cfg, topology)}
     limit = usable_memory(topology, devices)
     mesh = make_mesh(*sizes, devices)
-    programs = Programs(recipe, cfg, mesh, rows.shape)
+    programs = programs_for(recipe, cfg, mesh, rows, limit)
     parts = {}
     for name in programs.names:
         parts[name] = compiled(programs, name, rows)
         if parts[name]["peak"] > limit:  # the largest comes first
             break
-    found |= _said(programs.held, parts, limit)
+    found |= _said(programs, parts, limit)
     if not found["fits"]:
         found["would_fit"] = what_would_fit(given, cfg, topology) if explain else []
-    form = FORMS["two_pass" if recipe.optim.mode == "two_pass" else "direct"]
+    form = [
+        name for name in FORMS["two_pass" if recipe.optim.mode == "two_pass" else "direct"] if name in programs.names
+    ]
     if all("work" in parts.get(name, {}) for name in form):
         found |= _costs(recipe, cfg, topology, mesh, rows, {name: parts[name] for name in form})
     return found
+
+
+def programs_for(recipe: Recipe, cfg: DecoderConfig, mesh: Mesh, rows: Rows, limit: int) -> Programs:
+    """The programs of an update, which keep layer inputs where training would."""
+    R, T, *_ = rows.shape
+    size = layer_inputs(cfg, recipe.model.compute_dtype, mesh, rooms(rows.batches) * R * T)
+    free = limit - sum(Held(recipe, cfg, mesh).bytes.values()) - at_work(recipe, cfg, mesh, rows.shape)
+    if recipe.optim.keep_layer_inputs:
+        check_held(cfg, mesh)
+    keeps = keeps_layer_inputs(recipe, cfg, mesh, size, free)
+    return Programs(recipe, cfg, mesh, rows.shape, rooms(rows.batches) if keeps else 0)
 
 
 def _header(recipe, cfg, topology: Topology, sizes, rows: Rows, command: str) -> dict:
@@ -392,11 +385,13 @@ def _gib(size: float) -> float:
     return round(size / GIB, 3)
 
 
-def _said(held: dict[str, int], parts: dict[str, dict], limit: int) -> dict:
+def _said(programs: Programs, parts: dict[str, dict], limit: int) -> dict:
     """Memory, of the program that needs most beside what waits meanwhile."""
     largest = max(parts, key=lambda name: parts[name]["peak"])
     peak = parts[largest]["peak"]
-    memory = {kind: _gib(size) for kind, size in held.items()}
+    memory = {kind: _gib(size) for kind, size in programs.held.items()}
+    if programs.waiting and largest in ("score", "hold", "take", "add_weighted"):
+        memory["layer inputs"] = _gib(programs.waiting + programs.row_batch)
     if "temporaries" in parts[largest]:
         memory["activations and temporaries"] = _gib(parts[largest]["temporaries"])
     return {
@@ -539,10 +534,11 @@ def tried(recipe: Recipe, cfg: DecoderConfig, topology: Topology, changes: dict)
         devices, limit = [], published_memory(topology)
     if not devices or guess.peak > 1.5 * limit:
         return found | _brief(_estimated(guess, topology, recipe))
+    # Without layer inputs: two passes keep them only where there is plenty of room.
     programs = Programs(recipe, cfg, make_mesh(*sizes, devices), rows.shape)
     name = programs.names[0]
     part = compiled(programs, name, rows)
-    said = _said(programs.held, {name: part}, limit)
+    said = _said(programs, {name: part}, limit)
     if "work" in part:
         said |= _costs(recipe, cfg, topology, programs.mesh, rows, {name: part})
     return found | _brief(said)

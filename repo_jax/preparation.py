@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 import math
 import pathlib
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from repo_jax.models.hub import check_push
 from repo_jax.models.lora import adapter_shapes
 from repo_jax.models.pretrained import Pretrained, open_model
 from repo_jax.sharding import batch_ways, make_mesh, param_shardings
-from repo_jax.step import needs_two_passes, takes_two_passes
+from repo_jax.step import check_held, needs_two_passes, takes_two_passes
 from repo_jax.stores import held_out_store, model_files, tokenizer_of, train_store
 
 # At the published gamma of 0.4 some 13 % of the pairs have reached it after a fifth of a run.
@@ -185,11 +186,12 @@ def set_up(
             raise ValueError(
                 f"lora_dropout={recipe.model.lora_dropout:g} would drop other inputs in each pass of mode two_pass; set it to 0, or mode to direct"
             )
-        if optim.two_pass_below is not None:
-            raise ValueError(
-                f"lora_dropout={recipe.model.lora_dropout:g} leaves only mode direct, so that nothing would read "
-                f"two_pass_below={optim.two_pass_below:g}; leave one of them out"
-            )
+        for option in ("two_pass_below", "keep_layer_inputs"):
+            if (value := getattr(optim, option)) is not None:
+                raise ValueError(
+                    f"lora_dropout={recipe.model.lora_dropout:g} leaves only mode direct, so that nothing would read "
+                    f"{option}={json.dumps(value)}; leave one of them out"
+                )
         if takes_two_passes(loss):
             raise ValueError(
                 f"lora_dropout={recipe.model.lora_dropout:g} needs mode direct, but loss '{name}' takes two passes; set it to 0"
@@ -226,6 +228,8 @@ def set_up(
     reference = _reference(recipe, name, loss, cfg, tokenizer, given, training=training)
     mesh = make_mesh(recipe.mesh.data, recipe.mesh.fsdp, recipe.mesh.tensor)
     param_shardings(param_shapes(cfg), mesh)
+    if training and optim.keep_layer_inputs:
+        check_held(cfg, mesh)
     if adapts:
         adapter_shapes(cfg, recipe.model.lora_r, recipe.model.lora_target_modules)
     _check_kernel(recipe.model, mesh)

@@ -12,15 +12,30 @@ from repo_jax.config import Recipe
 from repo_jax.data.rows import Known, RowBatch, RowShape
 from repo_jax.logps import is_live
 from repo_jax.losses import make_loss
-from repo_jax.memory import held_in_training
+from repo_jax.memory import held_in_training, layer_inputs
 from repo_jax.models.config import DecoderConfig
 from repo_jax.models.decoder import param_shapes
 from repo_jax.models.lora import adapter_shapes
 from repo_jax.optimizer import make_optimizer
 from repo_jax.preparation import decoder
-from repo_jax.sharding import BATCH, param_shardings
+from repo_jax.sharding import BATCH, batch_ways, param_shardings
 from repo_jax.state import TrainState, state_shapes, state_shardings, variables_of
-from repo_jax.step import Gathered, Slopes, add_direct, add_weighted, bound, no_pairs, score, takes_two_passes, update
+from repo_jax.step import (
+    HELD,
+    Gathered,
+    Slopes,
+    add_direct,
+    add_weighted,
+    bound,
+    hold,
+    no_kept,
+    no_pairs,
+    score,
+    score_and_keep,
+    take,
+    takes_two_passes,
+    update,
+)
 
 
 def with_dtypes(recipe: Recipe) -> Recipe:
@@ -65,10 +80,10 @@ class Held:
 class Programs:
     """The programs of an update on batches of one shape, jitted as Scorer and TrainStep do it; calling with a name compiles.
 
-    The recipe's dtypes are filled in (with_dtypes).
+    The recipe's dtypes are filled in (with_dtypes). `keeps` is of how many row batches two passes keep layer inputs; 0: they do not.
     """
 
-    def __init__(self, recipe: Recipe, cfg: DecoderConfig, mesh: Mesh, shape: RowShape):
+    def __init__(self, recipe: Recipe, cfg: DecoderConfig, mesh: Mesh, shape: RowShape, keeps: int = 0):
         loss, hparams = bound(*make_loss(**recipe.loss))
         B = recipe.optim.train_batch_size * (1 + len(loss.groups))
         held = Held(recipe, cfg, mesh)
@@ -94,14 +109,28 @@ class Programs:
             **{name: jax.ShapeDtypeStruct(size, jnp.int32, sharding=rows) for name, size in ints.items()},
             filled_B=self._whole((B,), bool),
         )
+        self.waiting, self.row_batch, self.kept, self.held_kept = 0, 0, None, None  # bytes per device, and shapes
+        if keeps:
+            self.row_batch = (cfg.L + 1) * (R // batch_ways(mesh)) * T * cfg.D * self.model.dtype.itemsize
+            self.waiting = layer_inputs(cfg, self.model.dtype, mesh, keeps * R * T)
+            held = jax.eval_shape(lambda: no_kept(self.model, keeps * R * T))
+            self.held_kept = self._spread(held, HELD)
+            one = {
+                stack: jax.ShapeDtypeStruct((leaf.shape[0], R, T, cfg.D), leaf.dtype) for stack, leaf in held.items()
+            }
+            self.kept = self._spread(one, P(None, *BATCH))
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Those that a run may take, evaluations among it, the largest first."""
-        passes = ("add_weighted", "score", "update")
+        """Those that a run may take, evaluations among it, the largest first but for what waits beside it."""
+        passes = ("add_weighted", "score", *(("hold", "take") if self.kept else ()), "update")
         if takes_two_passes(self.loss) or self.mode == "two_pass":
             return passes
         return ("add_direct", *passes[self.mode == "direct" :])
+
+    def _spread(self, tree, spec):
+        sharding = NamedSharding(self.mesh, spec)
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
     def _whole(self, shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self.everywhere)
@@ -114,15 +143,19 @@ class Programs:
         fn, args, out_shardings = PROGRAMS[name](self)
         platform = self.mesh.devices.flat[0].platform
         with jax.set_mesh(self.mesh):
-            traced = jax.jit(fn, donate_argnums=0, out_shardings=out_shardings).trace(*args)
+            used_up = () if name == "take" else 0
+            traced = jax.jit(fn, donate_argnums=used_up, out_shardings=out_shardings).trace(*args)
             lowered = traced.lower(lowering_platforms=({"gpu": "cuda"}.get(platform, platform),))
             return lowered.compile(compiler_options or None)
 
     def beside(self, name: str) -> int:
         """Bytes that a device holds while the program runs and that are none of its arguments."""
+        if name in ("hold", "take"):
+            return sum(self.held.values())
+        waiting = self.waiting if name in ("score", "add_weighted") else 0
         # The optimizer sees no frozen parameters, and every other program no moments.
         kinds = ("frozen parameters", "reference parameters") if name == "update" else ("moments",)
-        return sum(self.held.get(kind, 0) for kind in kinds)
+        return waiting + sum(self.held.get(kind, 0) for kind in kinds)
 
     @property
     def grads(self):
@@ -131,8 +164,20 @@ class Programs:
         )
 
     def score(self):
-        fn = functools.partial(score, model=self.model, terms=self.loss.terms)
-        return fn, (self.pairs, variables_of(self.state.params, self.frozen, self.live), self.batch), self.everywhere
+        args = (self.pairs, variables_of(self.state.params, self.frozen, self.live), self.batch)
+        form, out_shardings = (score, self.everywhere) if self.kept is None else (score_and_keep, self._of(self.kept))
+        return functools.partial(form, model=self.model, terms=self.loss.terms), args, out_shardings
+
+    def _of(self, kept):
+        return self.everywhere, jax.tree.map(lambda leaf: leaf.sharding, kept)
+
+    def hold(self):
+        args = (self.held_kept, self.kept, self._whole((), jnp.int32))
+        return hold, args, jax.tree.map(lambda leaf: leaf.sharding, self.held_kept)
+
+    def take(self):
+        slots_RT = self._whole(self.batch.tokens_RT.shape, jnp.int32)
+        return take, (self.held_kept, slots_RT), jax.tree.map(lambda leaf: leaf.sharding, self.kept)
 
     def add_direct(self):
         fn = functools.partial(add_direct, model=self.model, loss=self.loss)
@@ -144,7 +189,7 @@ class Programs:
 
     def add_weighted(self):
         fn = functools.partial(add_weighted, model=self.model)
-        args = (self.grads, self.state.params, self.frozen, self.live, self.batch, self.slopes)
+        args = (self.grads, self.state.params, self.frozen, self.live, self.batch, self.slopes, self.kept)
         return fn, args, self.shardings.params
 
     def update(self):
@@ -155,6 +200,8 @@ class Programs:
 
 PROGRAMS = {
     "score": Programs.score,
+    "hold": Programs.hold,
+    "take": Programs.take,
     "add_weighted": Programs.add_weighted,
     "add_direct": Programs.add_direct,
     "update": Programs.update,

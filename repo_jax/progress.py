@@ -290,8 +290,8 @@ def objective_of(setup: Setup) -> str:
     return f"{title_of(loss['loss_type'])} ({given})"
 
 
-def banner(setup: Setup, held: dict[str, int]) -> str:
-    """What a run begins with: where it runs, what it is, and what it holds on each device (bytes by kind)."""
+def banner(setup: Setup, held: dict[str, int], kept: dict[str, int]) -> str:
+    """What a run begins with: where it runs, what it is, and what it holds on each device (bytes by kind), in two passes beside it."""
     devices = setup.mesh.devices
     limit = room(setup.mesh.local_devices[0])
     kinds = ", ".join(f"{name} {size_words(size)}" for name, size in held.items())
@@ -304,7 +304,8 @@ def banner(setup: Setup, held: dict[str, int]) -> str:
             describe(setup),
             f"{parameters:,} parameters; held on each device: {size_words(sum(held.values()))}"
             + (f" of {size_words(limit)}" if limit else "")
-            + f" ({kinds})",
+            + f" ({kinds})"
+            + "".join(f"; two passes keep {size_words(size)} of {name}" for name, size in kept.items()),
         ]
     )
 

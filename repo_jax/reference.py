@@ -115,7 +115,7 @@ def scoring(setup: Setup) -> Callable:
     """The program of the reference model: (variables, batch) -> logps_RS, on every device."""
     model = decoder(setup.recipe.model, (setup.reference or setup.pretrained).cfg, setup.mesh)
     fn = functools.partial(scored_tokens, model)
-    return jax.jit(lambda *args: fn(*args)[0], out_shardings=NamedSharding(setup.mesh, P()))
+    return jax.jit(lambda *args: fn(*args)[0][0], out_shardings=NamedSharding(setup.mesh, P()))
 
 
 def _params(setup: Setup) -> dict:

@@ -93,7 +93,7 @@ class RunFolder:
 # What may change when a run goes on: where and how it computes, not what.
 FREE = {
     "data": {"row_length", "scored_length", "rows_per_device", "slots_per_device", "cache_dir", "on_bad_rows"},
-    "optim": {"mode", "two_pass_below", "max_skipped_updates"},
+    "optim": {"mode", "two_pass_below", "keep_layer_inputs", "max_skipped_updates"},
     "model": {"remat", "attn_implementation"},
     "mesh": {"data", "fsdp", "tensor"},
     "run": {"output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit"}

@@ -1,6 +1,7 @@
 """One update on one global batch: score, weigh, push back.
 
-Axis letters: R rows, T token slots, S scored tokens, B pairs of the global batch; 2 is (chosen, rejected).
+Axis letters: R rows, T token slots, S scored tokens, B pairs of the global batch, D width, L layers, X slots of row batches
+end to end; 2 is (chosen, rejected).
 """
 
 import copy
@@ -15,15 +16,16 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from repo_jax.data.rows import Known, RowBatch, RowShape, known_of, row_batches
+from repo_jax.data.rows import Known, RowBatch, RowShape, known_of, round_up, row_batches, slots_before
 from repo_jax.data.schema import PairTokens
 from repo_jax.distributed import from_primary
-from repo_jax.logps import exact_matmuls, pair_logps, weighted_logps
+from repo_jax.logps import exact_matmuls, pair_logps, pair_logps_and_kept, weighted_logps
 from repo_jax.losses import Loss, PairLogps
 from repo_jax.metrics import preference_metrics
-from repo_jax.models.decoder import Decoder
+from repo_jax.models.config import DecoderConfig
+from repo_jax.models.decoder import OUTPUT, Decoder, Kept
 from repo_jax.optimizer import apply_updates
-from repo_jax.sharding import BATCH
+from repo_jax.sharding import AXES, BATCH, constrain
 from repo_jax.state import TrainState, initial_loss_state, variables_of
 
 
@@ -32,8 +34,9 @@ def _put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
 
 
 def place(batch: RowBatch, mesh: Mesh) -> RowBatch:
-    """Rows spread over data and fsdp, the rest on every device; each process copies its own rows only. What is known stays behind."""
-    arrays = {name: array for name, array in batch._asdict().items() if array is not None and name != "known"}
+    """Rows spread over data and fsdp, the rest on every device; each process copies its own rows only. What is for the host stays behind."""
+    of_host = "known", "starts_B3"
+    arrays = {name: array for name, array in batch._asdict().items() if array is not None and name not in of_host}
     spread, everywhere = NamedSharding(mesh, BATCH), NamedSharding(mesh, P())
     return RowBatch(
         **{name: _put(array, everywhere if name == "filled_B" else spread) for name, array in arrays.items()}
@@ -94,6 +97,56 @@ def score(
 ) -> PairLogps:
     """The pairs so far and those of this batch; a pair is in exactly one batch, so sums put them together."""
     return add(pairs, pair_logps(model, variables, batch, terms=terms))
+
+
+def score_and_keep(
+    pairs: PairLogps, variables: dict, batch: RowBatch, *, model: Decoder, terms: Sequence[str] = ()
+) -> tuple[PairLogps, Kept]:
+    """score, and what each layer was given."""
+    scored, kept = pair_logps_and_kept(model, variables, batch, terms=terms, keep=True)
+    return add(pairs, scored), kept
+
+
+# What is kept waits for second passes with D, not rows, spread over the devices: rows that are packed anew pick their tokens from all of
+# them, and so each device has its share of every token. On the way the `tensor` axis, over which rows are not spread, comes last and goes
+# first: then the rest is one all-to-all.
+HELD = P(None, None, AXES)
+BETWEEN = P(None, None, None, *BATCH)  # [L, R, T, D]
+
+
+def check_held(cfg: DecoderConfig, mesh) -> None:
+    """Raises ValueError where the devices do not divide D."""
+    if cfg.D % mesh.size:
+        raise ValueError(
+            f"keep_layer_inputs=true spreads the model's width of {cfg.D} over all {mesh.size} devices, which do not divide it; leave it out"
+        )
+
+
+def no_kept(model: Decoder, X: int) -> Kept:
+    """Room for what is kept of X slots: [L, X, D] each."""
+    stacks = model.cfg.stacks | {OUTPUT: 1}
+    return {stack: jnp.zeros((length, X, model.cfg.D), model.dtype) for stack, length in stacks.items()}
+
+
+def hold(held: Kept, kept: Kept, n) -> Kept:
+    """What is held, with that of row batch n, all of one shape."""
+
+    def one(all_LXD, kept_LRTD):
+        L, R, T, D = kept_LRTD.shape
+        kept_LXD = constrain(constrain(kept_LRTD, BETWEEN).reshape(L, R * T, D), HELD)
+        return jax.lax.dynamic_update_slice_in_dim(all_LXD, kept_LXD, n * R * T, axis=1)
+
+    return jax.tree.map(one, held, kept)
+
+
+def take(held: Kept, slots_RT) -> Kept:
+    """What is kept of these slots, counted through all row batches, spread by rows."""
+
+    def one(all_LXD):
+        taken_LRTD = all_LXD.at[:, slots_RT].get(mode="promise_in_bounds")
+        return constrain(constrain(taken_LRTD, BETWEEN), P(None, *BATCH))
+
+    return jax.tree.map(one, held)
 
 
 def join(scored: PairLogps, known: Known | None, *, groups: Sequence[str] = ()) -> PairLogps:
@@ -186,13 +239,14 @@ def add_weighted(
     live: dict | None,
     batch: RowBatch,
     slopes: Slopes,
+    kept: Kept | None = None,
     *,
     model: Decoder,
 ) -> dict:
     """Backward of a log-likelihood weighted by constant slopes: the chain rule's second half."""
 
     def objective(params):
-        return weighted_logps(model, variables_of(params, frozen, live), batch, *slopes)
+        return weighted_logps(model, variables_of(params, frozen, live), batch, *slopes, kept=kept)
 
     with exact_matmuls(model.dtype):
         return add(grads, jax.grad(objective)(params))
@@ -252,10 +306,19 @@ class Scorer:
             functools.partial(score, model=model), donate_argnums=0, out_shardings=everywhere, static_argnames="terms"
         )
         self.no_pairs = jax.jit(no_pairs, static_argnums=(0, 1), out_shardings=everywhere)
+        self._score_and_keep = jax.jit(
+            functools.partial(score_and_keep, model=model),
+            donate_argnums=0,
+            out_shardings=(everywhere, NamedSharding(mesh, P(None, *BATCH))),
+            static_argnames="terms",
+        )
+        held = NamedSharding(mesh, HELD)
+        self._no_kept = jax.jit(functools.partial(no_kept, model), out_shardings=held, static_argnums=0)
+        self._hold = jax.jit(hold, out_shardings=held, donate_argnums=0)
         self._join = jax.jit(join, out_shardings=everywhere, static_argnames="groups")
-        self._take(loss, hparams)
+        self._weigh_by(loss, hparams)
 
-    def _take(self, loss: Loss, hparams: dict) -> None:
+    def _weigh_by(self, loss: Loss, hparams: dict) -> None:
         self.loss, numbers = bound(loss, hparams)
         self.hparams = jax.device_put(numbers, self._everywhere)
         self.initial_state = jax.device_put(initial_loss_state(loss), self._everywhere)
@@ -266,7 +329,7 @@ class Scorer:
     def of(self, loss: Loss, hparams: dict) -> "Scorer":
         """The same for another loss; the programs that score are shared."""
         other = copy.copy(self)
-        other._take(loss, hparams)
+        other._weigh_by(loss, hparams)
         return other
 
     def rows(self, pairs: Sequence[PairTokens], *, B: int | None = None) -> list[RowBatch]:
@@ -281,8 +344,25 @@ class Scorer:
             scored = self.no_pairs(len(batches[0].filled_B), terms)
             for batch in batches:
                 scored = self._score(scored, variables, place(batch, self.mesh), terms=terms)
-            known = batches[0].known
-            return self.join(scored, None if known is None else place_known(known, self.mesh))
+            return self._with_known(scored, batches)
+
+    def and_keep(self, variables: dict, batches: Sequence[RowBatch], room: int) -> tuple[PairLogps, Kept]:
+        """The same, and what each layer was given, as `take` wants it, in room for so many slots or more. The batches have one shape."""
+        size = batches[0].tokens_RT.size
+        room = room if len(batches) * size <= room else rooms(len(batches)) * size
+        terms = tuple(self.loss.terms)
+        with jax.set_mesh(self.mesh):
+            scored = self.no_pairs(len(batches[0].filled_B), terms)
+            held = self._no_kept(room)
+            for n, batch in enumerate(batches):
+                scored, kept = self._score_and_keep(scored, variables, place(batch, self.mesh), terms=terms)
+                held = self._hold(held, kept, n)
+                del kept  # before the next one comes
+            return self._with_known(scored, batches), held
+
+    def _with_known(self, scored: PairLogps, batches: Sequence[RowBatch]) -> PairLogps:
+        known = batches[0].known
+        return self.join(scored, None if known is None else place_known(known, self.mesh))
 
     def join(self, scored: PairLogps, known: Known | None) -> PairLogps:
         return self._join(scored, known, groups=tuple(self.loss.groups))
@@ -294,15 +374,26 @@ class Scorer:
             return self._weigh(pairs, self.hparams, state, progress, training=training)
 
 
-def break_even(remat: str, *, adapters: bool = False) -> float:
+def rooms(n: int) -> int:
+    """For how many row batches there is room where n are wanted, so that few programs are compiled for all n."""
+    return round_up(n, 1 << max(0, n.bit_length() - 3))
+
+
+def recomputed(remat: str) -> float:
+    """How many forward passes the backward pass computes again."""
+    return {"none": 0.0, "dots": 0.1, "attention": 0.9}.get(remat, 1.0)
+
+
+def break_even(remat: str, *, adapters: bool = False, keeps: bool = False) -> float:
     """The active share of tokens below which scoring first is cheaper: 1 + (1 + b) p forward passes against 1 + b.
 
     b is what backward costs: the gradients of inputs and, unless only adapters are trained, of weights, each about a forward pass, and
-    what it computes again.
+    what it computes again. Where scoring keeps what layers are given, it is 1 + k p: the gradients and one forward pass, and a tenth more,
+    because near p = 1, where it matters, emptier rows and moving what was kept cost about as much (benchmarks/README.md).
     """
-    again = {"none": 0.0, "dots": 0.1, "attention": 0.9}.get(remat, 1.0)
-    backward = (1 if adapters else 2) + again
-    return backward / (1 + backward)
+    gradients = 1 if adapters else 2
+    backward = gradients + recomputed(remat)
+    return backward / (1.1 * (gradients + 1) if keeps else 1 + backward)
 
 
 class TrainStep:
@@ -318,6 +409,9 @@ class TrainStep:
     adapters' dropout drops, which depends also on the update and on how pairs lie in rows. `total_steps` is what progress is a share of.
 
     Losses that only two passes are exact for (takes_two_passes) take two passes in mode auto too.
+
+    With `keeps` above 0 scoring keeps what each layer is given, and second passes need not compute it; that is for how many slots there is
+    room from the start (updates with more make more).
     """
 
     def __init__(
@@ -334,10 +428,12 @@ class TrainStep:
         live: dict | None = None,
         seed: int = 0,
         total_steps: int = 1,
+        keeps: int = 0,
     ):
         everywhere = NamedSharding(scorer.mesh, P())
-        self._frozen, self._live, self._shardings = frozen, live, shardings
-        self._below = break_even(model.remat, adapters=frozen is not None) if two_pass_below is None else two_pass_below
+        self._frozen, self._live, self._shardings, self._keeps = frozen, live, shardings, keeps
+        even = break_even(model.remat, adapters=frozen is not None, keeps=keeps > 0)
+        self._below = even if two_pass_below is None else two_pass_below
         self._dropout = jax.device_put(jax.random.key(seed), everywhere) if model.lora_dropout else None
         self._fold = jax.jit(jax.random.fold_in, out_shardings=everywhere)
         self._progress = jax.jit(
@@ -350,14 +446,15 @@ class TrainStep:
         self._add_weighted = jax.jit(
             functools.partial(add_weighted, model=model), donate_argnums=0, out_shardings=shardings.params
         )
+        self._take = jax.jit(take, out_shardings=NamedSharding(scorer.mesh, P(None, *BATCH)))
         self._update = jax.jit(
             functools.partial(update, optimizer=optimizer),
             donate_argnums=0,
             out_shardings=(shardings._replace(loss_state=everywhere), everywhere, everywhere),
         )
-        self._take(scorer, mode)
+        self._weigh_by(scorer, mode)
 
-    def _take(self, scorer: Scorer, mode: str) -> None:
+    def _weigh_by(self, scorer: Scorer, mode: str) -> None:
         if takes_two_passes(scorer.loss) and mode == "direct":
             raise ValueError(needs_two_passes("this loss"))
         self._scorer, self._mode = scorer, "two_pass" if takes_two_passes(scorer.loss) else mode
@@ -371,7 +468,7 @@ class TrainStep:
     def of(self, scorer: Scorer, mode: str) -> "TrainStep":
         """The same for another loss: the programs of two passes are shared."""
         other = copy.copy(self)
-        other._take(scorer, mode)
+        other._weigh_by(scorer, mode)
         return other
 
     def rows(self, pairs: Sequence[PairTokens]) -> list[RowBatch]:
@@ -429,15 +526,26 @@ class TrainStep:
         return gathered.grads, scorer.weigh(pairs, loss_state, progress, training=True)
 
     def _two_pass(self, params: dict, every: list[PairTokens], rows: list[RowBatch], progress, loss_state):
-        scorer = self._scorer
-        pairs = scorer(variables_of(params, self._frozen, self._live), rows)
+        scorer, variables, held = self._scorer, variables_of(params, self._frozen, self._live), None
+        if self._keeps:
+            pairs, held = scorer.and_keep(variables, rows, self._keeps)
+        else:
+            pairs = scorer(variables, rows)
         weighed = scorer.weigh(pairs, loss_state, progress, training=True)
         # The one wait of this form: which answers to push back decides which rows there are, the same on all hosts.
         slopes = from_primary(jax.tree.map(np.asarray, jax.device_get(weighed.slopes)))
         wanted_B2 = np.any([slopes_B2 != 0 for slopes_B2 in jax.tree.leaves(slopes)], axis=0)
         grads = self._zeros(params)
-        for batch in row_batches(every, scorer.shapes, wanted_B2=wanted_B2):
-            grads = self._add_weighted(*(grads, params, self._frozen, self._live, place(batch, scorer.mesh), slopes))
+        again = row_batches(every, scorer.shapes, wanted_B2=wanted_B2)
+        for n, batch in enumerate(again):
+            kept = None
+            if held is not None:
+                slots = _put(slots_before(every, rows, batch), NamedSharding(scorer.mesh, P()))
+                kept = self._take(held, slots)
+                held = held if n + 1 < len(again) else None  # the last one runs without it
+            batch = place(batch, scorer.mesh)
+            grads = self._add_weighted(*(grads, params, self._frozen, self._live, batch, slopes, kept))
+            del kept
         return grads, weighed
 
     def form(self, state: TrainState) -> str:

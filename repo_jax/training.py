@@ -19,7 +19,7 @@ from repo_jax.distributed import Interruption, agree, from_primary, join, primar
 from repo_jax.evaluation import evaluate_pairs, score_pairs
 from repo_jax.export import card_of, export_adapter, export_merged, export_model, push_export
 from repo_jax.losses import Loss
-from repo_jax.memory import explained, held_in_training, what_helps
+from repo_jax.memory import explained, held_in_training, kept_slots, what_helps
 from repo_jax.models.lora import init_adapters
 from repo_jax.optimizer import make_optimizer
 from repo_jax.preparation import Setup, keep_programs, set_up
@@ -87,13 +87,21 @@ def run(setup: Setup) -> pathlib.Path:
     shapes = state_shapes(setup.trained_shapes, optimizer, setup.loss)
     shardings = state_shardings(shapes, optimizer, setup.mesh)
     held = held_in_training(shapes, shardings, setup.frozen_shapes, setup.live_shapes)
-    say(banner(setup, held))
-    with explained(setup.mesh, held, lambda: what_helps(recipe, setup.mesh, held)), Trackers() as trackers:
-        return _run(setup, optimizer, shapes, shardings, began, trackers)
+    slots, kept = kept_slots(setup, held)
+    say(banner(setup, held, kept))
+    with explained(setup.mesh, held, lambda: what_helps(recipe, setup.mesh, held | kept)), Trackers() as trackers:
+        return _run(setup, optimizer, shapes, shardings, began, trackers, keeps=slots)
 
 
 def _run(
-    setup: Setup, optimizer, shapes: TrainState, shardings: TrainState, began: Compiled, trackers: Trackers
+    setup: Setup,
+    optimizer,
+    shapes: TrainState,
+    shardings: TrainState,
+    began: Compiled,
+    trackers: Trackers,
+    *,
+    keeps: int,
 ) -> pathlib.Path:
     recipe, place = setup.recipe, RunFolder(setup.recipe)
     folder = place.here
@@ -139,6 +147,7 @@ def _run(
             live=live,
             seed=recipe.run.seed,
             total_steps=setup.total_steps,
+            keeps=keeps,
         )
         log = Log(setup, folder / "metrics.jsonl", start, began=began, report=trackers.log)
         state = run_updates(setup, state, step, scorer, checkpoints, log, start, frozen, live, place)

@@ -19,6 +19,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", compiled)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
+# Most of the time goes into compiling programs that run once. Processes that tests start have the flags of users.
+flags = os.environ.get("XLA_FLAGS")
+os.environ["XLA_FLAGS"] = f"{flags or ''} --xla_backend_optimization_level=0"
+jax.devices()  # which reads them
+if flags is None:
+    del os.environ["XLA_FLAGS"]
+else:
+    os.environ["XLA_FLAGS"] = flags
+
 MAPS, EVERY = (
     40_000,
     20,

@@ -184,6 +184,7 @@ MISTAKES = {
     # the forms of an update and of attention
     "optim: {mode: two}": "recipe.optim.mode='two'; choose one of 'auto', 'direct', 'two_pass'",
     "optim: {mode: two_pass, two_pass_below: 0.5}": "two_pass_below=0.5 but mode=two_pass; leave one of them out",
+    "optim: {mode: direct, keep_layer_inputs: true}": "keep_layer_inputs=true but mode=direct, which takes one pass; leave one of them out",
     "optim: {mode: direct, two_pass_below: 0}": "two_pass_below=0 but mode=direct; leave one of them out",
     "optim: {two_pass_below: 1.5}": "recipe.optim.two_pass_below=1.5; wanted less than or equal to 1",
     "model: {model_name_or_path: m, attn_implementation: sdpa}": "recipe.model.attn_implementation='sdpa'; choose one of 'auto', 'dense', 'blocked', 'splash', 'triton', 'flash'",

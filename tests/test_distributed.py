@@ -71,6 +71,7 @@ def test_two_processes_make_the_model_that_one_makes(folder, alone):
     for when in ("before", "after"):
         np.testing.assert_allclose(list(results[when].values()), list(wanted[when].values()), rtol=1e-5, atol=1e-6)
     assert "update 3/" in run.text(0) and "update 3/" not in run.text(1)  # one of them speaks
+    assert "of layer inputs" in run.text(0)  # two passes keep them, spread over both processes
 
 
 @pytest.mark.slow

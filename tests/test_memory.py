@@ -7,11 +7,22 @@ import pytest
 from examples import TINY, one_device, random_params
 
 from repo_jax.config import StoppedError, to_recipe
-from repo_jax.memory import GIB, bytes_per_device, explain, explained, held_in_training, is_out_of_memory, what_helps
-from repo_jax.models.decoder import param_shapes
+from repo_jax.memory import (
+    GIB,
+    bytes_per_device,
+    explain,
+    explained,
+    held_in_training,
+    is_out_of_memory,
+    keeps_layer_inputs,
+    layer_inputs,
+    what_helps,
+)
+from repo_jax.models.decoder import Decoder, param_shapes
 from repo_jax.optimizer import make_optimizer
 from repo_jax.sharding import make_mesh, param_shardings
 from repo_jax.state import initial_state, state_shapes, state_shardings
+from repo_jax.step import HELD, no_kept
 
 FULL = {"parameters": 30 * GIB, "gradients": 30 * GIB, "moments": 60 * GIB}
 ADAPTERS = {"frozen parameters": 15 * GIB, "adapters": GIB, "gradients": GIB, "moments": 2 * GIB}
@@ -103,6 +114,54 @@ def test_frozen_parameters_are_counted_apart_from_adapters():
     }
 
 
+@pytest.mark.parametrize("axes", [(1, 1, 1), (2, 2, 2)], ids=str)
+def test_layer_inputs_take_what_their_arrays_have_on_a_device(axes):
+    mesh = make_mesh(*axes, devices=jax.devices()[: np.prod(axes)])
+    held = jax.eval_shape(lambda: no_kept(Decoder(TINY, jnp.bfloat16), 3 * 4 * 128))
+    shardings = jax.tree.map(lambda leaf: jax.NamedSharding(mesh, HELD), held)
+    assert layer_inputs(TINY, "bfloat16", mesh, 3 * 4 * 128) == bytes_per_device(held, shardings)
+
+
+def test_a_tpu_fills_up_registers():
+    mesh = types.SimpleNamespace(size=16, devices=np.array([types.SimpleNamespace(platform="tpu")]))
+    assert layer_inputs(TINY, "bfloat16", mesh, 100) == (TINY.L + 1) * 100 * 128 * 2
+
+
+@pytest.mark.parametrize(
+    "fields, size, free, keeps",
+    [
+        ({"model__remat": "full"}, 25, 100, True),
+        ({"model__remat": "full"}, 26, 100, False),
+        ({"model__remat": "full"}, 1, -5, False),  # there is no room for anything
+        ({"model__remat": "attention"}, 25, 100, True),
+        ({"model__remat": "dots"}, 1, 100, False),  # it keeps more anyway
+        ({"model__remat": "dots", "optim__keep_layer_inputs": True}, 99, 100, True),
+        ({"model__remat": "full", "optim__keep_layer_inputs": False}, 1, 100, False),
+        ({"model__remat": "full", "optim__mode": "direct"}, 1, 100, False),
+    ],
+)
+def test_layer_inputs_are_kept_where_asked_for_or_where_they_help_and_are_few(fields, size, free, keeps):
+    assert keeps_layer_inputs(recipe(**fields), TINY, one_device(), size, free) is keeps
+
+
+def test_a_width_that_the_devices_do_not_divide_is_not_kept():
+    assert not keeps_layer_inputs(recipe(model__remat="full"), TINY, devices("tpu", 0, 0, 0), 1, 100)
+
+
+def devices(platform, *places):
+    """A mesh of devices in these slices and processes."""
+    found = [types.SimpleNamespace(platform=platform, slice_index=i, process_index=i) for i in places]
+    return types.SimpleNamespace(size=len(found), devices=np.array(found))
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_layer_inputs_are_not_kept_over_a_slow_network_unless_asked_for(platform):
+    full, asked = recipe(model__remat="full"), recipe(model__remat="full", optim__keep_layer_inputs=True)
+    assert keeps_layer_inputs(full, TINY, devices(platform, 0, 0), 1, 100)
+    assert not keeps_layer_inputs(full, TINY, devices(platform, 0, 1), 1, 100)
+    assert keeps_layer_inputs(asked, TINY, devices(platform, 0, 1), 1, 100)
+
+
 def recipe(**fields):
     """A recipe with nothing turned yet."""
     model = {"model_name_or_path": "m", "param_dtype": "float32", "remat": "dots"}
@@ -136,6 +195,12 @@ def test_everything_that_helps_is_named_cheapest_first():
         "use_peft: true, which trains adapters (saves 90.00 GiB)",
         *LAST,
     ]
+
+
+def test_layer_inputs_that_are_kept_can_be_given_up():
+    helps = what_helps(recipe(), mesh_of(), FULL | {"layer inputs": 3 * GIB})
+    assert "keep_layer_inputs: false (saves 3.00 GiB; two passes compute more)" in helps
+    assert not any("keep_layer_inputs" in line for line in what_helps(recipe(), mesh_of(), FULL))
 
 
 @pytest.mark.parametrize("name", ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"])

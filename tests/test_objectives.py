@@ -151,7 +151,7 @@ def pairs_for(name, unpaired=False):
 
 
 @functools.cache
-def base(axes, rows):
+def base(axes, rows, keeps=False):
     """A step whose programs all losses share."""
     mesh = one_device() if axes == (1, 1, 1) else make_mesh(*axes)
     model, optimizer, params = Decoder(TINY, jnp.float32), optax.sgd(0.05), random_params(TINY)
@@ -160,13 +160,14 @@ def base(axes, rows):
     # A reference model that is near, but another.
     other = jax.tree.map(lambda leaf, noise: leaf + 0.1 * noise, params, random_params(TINY, seed=1))
     live = {"params": jax.device_put(other, param_shardings(other, mesh))}
-    step = TrainStep(scorer, model, scorer.loss, optimizer, shardings, mode="auto", total_steps=10, live=live)
+    options = {"mode": "auto", "total_steps": 10, "live": live, "keeps": keeps}
+    step = TrainStep(scorer, model, scorer.loss, optimizer, shardings, **options)
     return scorer, step, jax.device_put(params, param_shardings(params, mesh)), optimizer, shardings
 
 
 @functools.cache
-def step_for(name, axes=(1, 1, 1), rows=12):
-    scorer, step, params, *_ = base(axes, rows)
+def step_for(name, axes=(1, 1, 1), rows=12, keeps=False):
+    scorer, step, params, *_ = base(axes, rows, keeps)
     return step.of(scorer.of(*made(name)), "auto"), params
 
 
@@ -234,11 +235,13 @@ def test_form_and_micro_batches_change_nothing(name):
     if not takes_two_passes(made(name)[0]):
         assert_same(gradient(name, form="direct", rows=3), wanted, "direct, 4 micro-batches")
     assert_same(gradient(name, form="two_pass", rows=3), wanted, "4 micro-batches")
+    assert_same(gradient(name, form="two_pass", rows=3, keeps=True), wanted, "4 micro-batches, layer inputs kept")
 
 
 @pytest.mark.parametrize("name", [*KINDS, *SLOW])
 def test_eight_devices_equal_one(name):
-    assert_same(gradient(name, form="two_pass", axes=(2, 2, 2), rows=12), gradient(name, form="two_pass"), "two_pass")
+    ours = gradient(name, form="two_pass", axes=(2, 2, 2), rows=12, keeps=True)
+    assert_same(ours, gradient(name, form="two_pass"), "two_pass, layer inputs kept")
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 import importlib.util
 import json
+import math
 import os
 import re
 import resource
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -28,13 +30,14 @@ from repo_jax.planning import (
     launch_commands,
     make_plan,
     mesh_sizes,
+    programs_for,
     read_model_config,
-    recomputed,
     rows_for,
     what_would_fit,
 )
 from repo_jax.programs import PROGRAMS, Programs, with_dtypes
 from repo_jax.sharding import make_mesh
+from repo_jax.step import check_held
 from repo_jax.topology import NoCompilerError, parse_topology
 
 CONFIGS = ROOT / "benchmarks" / "data" / "model_configs"
@@ -82,7 +85,7 @@ def test_a_small_model_is_planned_for_v5e_in_under_a_minute(tmp_path):
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["fits"] and plan["verified"] == "compiled"
     assert plan["hbm_gib"] == 15.75 and 0 < plan["peak_gib"] < 1
-    assert set(plan["programs"]) == {"score", "add_direct", "add_weighted", "update"}
+    assert set(plan["programs"]) == {"score", "hold", "take", "add_direct", "add_weighted", "update"}
     assert plan["mesh"] == {"data": 1, "fsdp": 16, "tensor": 1}
     assert plan["flops_per_update"]["executed"] > plan["flops_per_update"]["model"] > 0
     assert any(what.endswith(" over fsdp") for what in plan["sent_gib_per_device_and_update"])
@@ -197,10 +200,6 @@ def test_adapters_hold_no_gradients_of_what_is_frozen():
     held = estimate(recipe, LLAMA, topology, (1, 4, 1), rows_for(recipe, LLAMA, 4)).held
     assert held["frozen parameters"] == 8_030_261_248 * 2 // 4
     assert held["gradients"] + held["moments"] + held["adapters"] < 0.02 * held["frozen parameters"]
-
-
-def test_remat_is_read_off_the_two_pass_rule():
-    assert [recomputed(name) for name in ("none", "dots", "attention", "full")] == pytest.approx([0, 0.1, 0.9, 1])
 
 
 # Rows and meshes
@@ -362,6 +361,8 @@ def test_a_plan_has_the_form_that_training_takes():
         )
 
     assert planned().optim.mode == "two_pass"
+    dropping = {"model_name_or_path": "m", "use_peft": True, "lora_dropout": 0.1}
+    assert planning._in_its_form(to_recipe({"model": dropping})).optim.mode == "direct"
     with pytest.raises(ValueError, match="mode=direct but loss 'kto' mixes"):
         planned(mode="direct")
 
@@ -378,3 +379,25 @@ def test_a_plan_compiles_what_the_mode_runs(mode, wanted):
     recipe = with_dtypes(recipe_of(optim__mode=mode, optim__train_batch_size=8))
     mesh = make_mesh(1, 1, 1, jax.devices()[:1])
     assert Programs(recipe, TINY, mesh, planning.RowShape(4, 48, 40, 0)).names == wanted
+
+
+@pytest.mark.parametrize("axes", [(1, 1, 1), (2, 2, 2)], ids=str)
+def test_a_plan_keeps_layer_inputs_where_training_would_and_counts_them(axes):
+    recipe = with_dtypes(recipe_of(optim__mode="two_pass", optim__train_batch_size=8, data__max_length=128))
+    mesh = make_mesh(*axes, jax.devices()[: math.prod(axes)])
+    rows = rows_for(recipe, TINY, mesh.shape["data"] * mesh.shape["fsdp"])
+    programs = programs_for(recipe, TINY, mesh, rows, GIB)
+    assert programs.names == ("add_weighted", "score", "hold", "take", "update")
+    parts = {name: compiled(programs, name, rows) for name in programs.names}
+    assert parts["add_weighted"]["beside"] == programs.waiting + programs.held["moments"]
+    assert parts["take"]["beside"] == parts["hold"]["beside"] == sum(programs.held.values())
+    kinds = {one.kind for name in ("hold", "take") for one in parts[name]["work"].collectives}
+    assert kinds <= {"all-to-all", "all-gather"} and ("all-to-all" in kinds) == (mesh.size > 1)
+    loops = {one.loop for one in parts["add_weighted"]["work"].collectives}
+    assert mesh.size == 1 or "layers" in loops  # weights are gathered inside, a layer at a time
+    with pytest.raises(ValueError, match="keep_layer_inputs=true spreads the model's width of 16 over all 7 devices"):
+        check_held(TINY, types.SimpleNamespace(size=7))
+    without = programs_for(recipe, TINY, mesh, rows, sum(programs.held.values()))
+    assert without.names == ("add_weighted", "score", "update") and without.waiting == 0
+    plain = compiled(without, "add_weighted", rows)
+    assert parts["add_weighted"]["work"].matmul_flops < 0.9 * plain["work"].matmul_flops

@@ -15,6 +15,7 @@ from repo_jax.losses import Loss, make_loss
 from repo_jax.models.config import DecoderConfig
 from repo_jax.models.lora import adapter_shapes, save_adapter
 from repo_jax.preparation import compute_dtype, keep_programs, kernel_of, set_up
+from repo_jax.sharding import make_mesh
 
 
 def device(platform, **attributes):
@@ -150,6 +151,18 @@ def test_adapters_with_dropout_are_trained_in_direct_form_where_the_mode_is_auto
     optim = adapters(tmp_path, lora_dropout=0.5, mode="auto").recipe.optim
     assert (optim.mode, optim.two_pass_below) == ("direct", None)
     assert adapters(tmp_path, mode="auto").recipe.optim.mode == "auto"
+
+
+def test_what_only_two_passes_read_is_refused_where_there_is_one(tmp_path):
+    with pytest.raises(ValueError, match="leaves only mode direct, so that nothing would read keep_layer_inputs=true"):
+        adapters(tmp_path, lora_dropout=0.5, keep_layer_inputs=True)
+
+
+def test_layer_inputs_are_kept_only_where_the_devices_divide_the_width(tmp_path, monkeypatch):
+    monkeypatch.setattr(preparation, "make_mesh", lambda *sizes: make_mesh(1, 3, 1, jax.devices()[:3]))
+    monkeypatch.setattr(preparation, "param_shardings", lambda shapes, mesh: None)
+    with pytest.raises(ValueError, match="the model's width of 64 over all 3 devices, which do not divide it"):
+        adapters(tmp_path, keep_layer_inputs=True)
 
 
 @pytest.fixture
@@ -354,10 +367,12 @@ def test_weights_of_the_recipe_reach_the_pairs_to_train_on_and_no_others(tmp_pat
     assert setup.held_out[0].weights is None
 
 
-def adapters(tmp_path, training=True, **fields):
+def adapters(tmp_path, training=True, keep_layer_inputs=None, **fields):
     given = {"use_peft": True} | {name: value for name, value in fields.items() if name != "mode"}
     tree = recipe(tmp_path, data={"dataset_name": str(ASSETS / "preferences"), "cache_dir": str(tmp_path)})
-    optim = dataclasses.replace(tree.optim, train_batch_size=8, mode=fields.get("mode", "direct"))
+    mode = fields.get("mode", "direct" if keep_layer_inputs is None else "auto")
+    changes = {"train_batch_size": 8, "mode": mode, "keep_layer_inputs": keep_layer_inputs}
+    optim = dataclasses.replace(tree.optim, **changes)
     return set_up(
         dataclasses.replace(tree, model=dataclasses.replace(tree.model, **given), optim=optim), training=training
     )

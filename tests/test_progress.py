@@ -286,10 +286,12 @@ def test_a_run_is_described_with_what_became_of_every_row(tmp_path):
         devices=np.array(jax.devices()[:2]), local_devices=jax.devices()[:2], shape={"data": 1, "fsdp": 2}
     )
     whole = types.SimpleNamespace(**vars(setup) | {"mesh": mesh, "cfg": TINY})
-    first, *_, last = banner(whole, {"parameters": 2**20, "moments": 3 * 2**29}).splitlines()
+    first, *_, last = banner(whole, {"parameters": 2**20, "moments": 3 * 2**29}, {"layer inputs": 2**21}).splitlines()
     assert first == f"repo_jax {repo_jax.__version__} on 2 x cpu"
     assert re.fullmatch(
-        r"[\d,]+ parameters; held on each device: 1.5 GiB \(parameters 1.0 MiB, moments 1.5 GiB\)", last
+        r"[\d,]+ parameters; held on each device: 1.5 GiB \(parameters 1.0 MiB, moments 1.5 GiB\); "
+        "two passes keep 2.0 MiB of layer inputs",
+        last,
     )
     setup.held_out = None
     assert not any(line.startswith("held-out") for line in describe(setup).splitlines())

@@ -13,13 +13,26 @@ from examples import TINY, equations_of, one_device, pair_of, random_pairs, rand
 from repo_jax.data.rows import RowShape, row_batches
 from repo_jax.data.weights import ld, temporal_decay
 from repo_jax.flops import Lengths, flops_of
+from repo_jax.hlo import work_of
 from repo_jax.losses import make_loss
 from repo_jax.models.config import DecoderConfig
 from repo_jax.models.decoder import Decoder, param_shapes
 from repo_jax.models.lora import adapter_shapes
 from repo_jax.sharding import make_mesh
 from repo_jax.state import TrainState, initial_state, state_shapes, state_shardings
-from repo_jax.step import Gathered, Scorer, Slopes, TrainStep, add_direct, add_weighted, break_even, no_pairs
+from repo_jax.step import (
+    Gathered,
+    Scorer,
+    Slopes,
+    TrainStep,
+    add_direct,
+    add_weighted,
+    break_even,
+    no_pairs,
+    recomputed,
+    rooms,
+    score_and_keep,
+)
 
 LOSSES = {"repo": {"gamma": 0.5}, "simpo": {"beta": 2.0, "gamma": 0.25}}
 
@@ -36,7 +49,9 @@ def sixteen_pairs():
     return [pair_of(rng, n, V=512, name=f"pair {i}") for i, n in enumerate(lengths)]
 
 
-def make_step(loss_type="repo", *, mesh=None, shape=None, mode="direct", below=None, optimizer=None, **hparams):
+def make_step(
+    loss_type="repo", *, mesh=None, shape=None, mode="direct", below=None, optimizer=None, keeps=False, **hparams
+):
     cfg, params = real_model() if mesh is None else stories(mesh)
     mesh = mesh or one_device()
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -46,7 +61,8 @@ def make_step(loss_type="repo", *, mesh=None, shape=None, mode="direct", below=N
     shapes = state_shapes(param_shapes(cfg), optimizer)
     shardings = state_shardings(shapes, optimizer, mesh)
     scorer = Scorer(model, loss, hparams, mesh, [shape or RowShape(rows, 128, 96)])
-    step = TrainStep(scorer, model, loss, optimizer, shardings, mode=mode, two_pass_below=below)
+    options = {"mode": mode, "two_pass_below": below, "keeps": keeps}
+    step = TrainStep(scorer, model, loss, optimizer, shardings, **options)
     return step, params, optimizer, shardings
 
 
@@ -102,19 +118,26 @@ def test_the_loss_and_gradient_are_those_of_a_plain_mean():
     assert np.linalg.norm(flat(grads) - flat(reference("repo")[0])) <= 1e-5 * np.linalg.norm(flat(grads))
 
 
+FORMS = pytest.mark.parametrize(
+    "form",
+    [{"mode": "direct"}, {"mode": "two_pass"}, {"mode": "two_pass", "keeps": True}],
+    ids=["direct", "two_pass", "two_pass-keeps"],
+)
+
+
 @pytest.mark.parametrize("loss_type", LOSSES)
-@pytest.mark.parametrize("mode", ["direct", "two_pass"])
+@FORMS
 @pytest.mark.parametrize("shape", [RowShape(4, 128, 96), RowShape(1, 80, 60), RowShape(2, 256, 256)], ids=str)
-def test_rows_micro_batches_and_form_change_nothing(loss_type, mode, shape):
-    step, params, _, _ = make_step(loss_type, mode=mode, shape=shape)
+def test_rows_micro_batches_and_form_change_nothing(loss_type, form, shape):
+    step, params, _, _ = make_step(loss_type, shape=shape, **form)
     assert_equals_reference(loss_type, *step.mean_grads(params, sixteen_pairs()))
 
 
-@pytest.mark.parametrize("mode", ["direct", "two_pass"])
+@FORMS
 @pytest.mark.parametrize("axes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 4)], ids=str)
-def test_many_devices_equal_one(axes, mode):
+def test_many_devices_equal_one(axes, form):
     mesh = make_mesh(*axes, devices=jax.devices()[: math.prod(axes)])
-    step, params, _, _ = make_step(mesh=mesh, mode=mode)
+    step, params, _, _ = make_step(mesh=mesh, **form)
     assert_equals_reference("repo", *step.mean_grads(params, sixteen_pairs()))
 
 
@@ -174,8 +197,80 @@ def test_forms_cost_the_same_where_they_break_even(trained):
         assert forward + p * once == pytest.approx(once, rel=0.03)
 
 
+def test_remat_says_how_much_of_a_forward_pass_is_done_again():
+    assert [recomputed(name) for name in ("none", "dots", "attention", "full", "offload")] == [0, 0.1, 0.9, 1, 1]
+
+
+def test_kept_inputs_save_second_passes_a_forward_pass():
+    """A forward pass is 1, a backward pass 2, under frozen weights 1, and remat attention computes 0.9 again."""
+    assert 1 + 1.1 * 3 * break_even("full", keeps=True) == pytest.approx(4)
+    assert 1 + 1.1 * 3 * break_even("attention", keeps=True) == pytest.approx(3.9)
+    assert 1 + 1.1 * 2 * break_even("full", adapters=True, keeps=True) == pytest.approx(3)
+    for remat in ("full", "offload", "attention"):
+        assert break_even(remat) < 0.76 < 0.87 < break_even(remat, keeps=True) < 1
+
+
+def test_second_passes_compute_layers_forward_once_where_inputs_were_kept():
+    def products(remat, kept):
+        model, params = Decoder(TINY, jnp.float32, remat), random_params(TINY)
+        [batch] = row_batches(random_pairs(4, V=TINY.V), RowShape(2, 128, 128, 128))
+        zeros, slopes = jax.tree.map(jnp.zeros_like, params), Slopes(jnp.ones((4, 2)), {})
+        variables = {"params": params}
+        _, inputs = jax.eval_shape(lambda: score_and_keep(no_pairs(4), variables, batch, model=model))
+        args = (zeros, params, None, None, batch, slopes, inputs if kept else None)
+        program = jax.jit(functools.partial(add_weighted, model=model)).lower(*args).compile()
+        return work_of(program.as_text(), {}).matmul_flops
+
+    weights = TINY.D * TINY.H * (2 * TINY.N + 2 * TINY.K) + 3 * TINY.D * TINY.F
+    attention = 2 * 128 * TINY.N * TINY.H
+    forward = 2 * 2 * 128 * (weights + attention) * TINY.L
+    assert products("full", False) - products("full", True) == pytest.approx(forward)
+
+
+def test_in_bfloat16_layer_inputs_are_kept_in_bfloat16_and_change_the_gradient_by_roundings():
+    model = Decoder(TINY, jnp.bfloat16)
+    params = jax.tree.map(lambda leaf: 3 * leaf, random_params(TINY))
+    [batch] = row_batches(random_pairs(4, V=TINY.V), RowShape(2, 128, 128, 128))
+    slopes = Slopes(jnp.asarray(np.random.default_rng(0).normal(size=(4, 2)), jnp.float32), {})
+    zeros, variables = jax.tree.map(jnp.zeros_like, params), {"params": params}
+    _, kept = jax.jit(functools.partial(score_and_keep, model=model))(no_pairs(4), variables, batch)
+    assert {leaf.dtype.name for leaf in kept.values()} == {"bfloat16"}
+    plain, ours = (
+        jax.jit(functools.partial(add_weighted, model=model))(zeros, params, None, None, batch, slopes, one)
+        for one in (None, kept)
+    )
+    assert np.linalg.norm(flat(ours) - flat(plain)) <= 2e-2 * np.linalg.norm(flat(plain))
+
+
+@pytest.mark.parametrize("axes", [(1, 1, 1), (4, 2, 1), (2, 2, 2), (1, 1, 4)], ids=str)
+def test_what_is_held_of_row_batches_comes_back_where_their_tokens_go(axes):
+    mesh = make_mesh(*axes, devices=jax.devices()[: math.prod(axes)])
+    R = mesh.shape["data"] * mesh.shape["fsdp"]
+    step, _, _, _ = make_step(mesh=mesh, shape=RowShape(R, 128, 96), keeps=True)
+    scorer, rng, L, D = step._scorer, np.random.default_rng(0), step._scorer.model.cfg.L, step._scorer.model.cfg.D
+    kept = [
+        {name: rng.normal(size=(n, R, 128, D)).astype(np.float32) for name, n in {"layers_L": L, "output": 1}.items()}
+        for _ in range(3)
+    ]
+    slots = rng.integers(0, 3 * R * 128, size=(R, 64)).astype(np.int32)
+    with jax.set_mesh(mesh):
+        held = scorer._no_kept(4 * R * 128)
+        for n, one in enumerate(kept):
+            held = scorer._hold(held, one, n)
+        found = step._take(held, slots)
+    for name, leaf in found.items():
+        flat_LXD = np.concatenate([one[name].reshape(len(one[name]), -1, D) for one in kept], axis=1)
+        np.testing.assert_array_equal(leaf, flat_LXD[:, slots])
+
+
+def test_there_is_room_for_at_least_the_row_batches_that_are_wanted_and_few_different_rooms():
+    assert [rooms(n) for n in (1, 2, 7, 8, 9, 17, 21, 33)] == [1, 2, 7, 8, 10, 20, 24, 40]
+    assert all(n <= rooms(n) <= 1.25 * n for n in range(1, 500))
+    assert len({rooms(n) for n in range(64, 128)}) <= 5
+
+
 @pytest.mark.parametrize("attention", ["dense", "blocked", "flash"])
-@pytest.mark.parametrize("form", ["direct", "weighted"])
+@pytest.mark.parametrize("form", ["direct", "weighted", "kept"])
 def test_float32_is_exact_in_every_product_forward_and_backward(attention, form):
     """On TPU and GPU a product is otherwise rounded to bfloat16 or TF32, which no CPU shows."""
     model, params = Decoder(TINY, jnp.float32, attention=attention), random_params(TINY)
@@ -185,8 +280,10 @@ def test_float32_is_exact_in_every_product_forward_and_backward(attention, form)
         args = (Gathered(zeros, no_pairs(4)), params, None, None, batch, batch.known, hparams, 0.0, None)
         program = jax.make_jaxpr(functools.partial(add_direct, model=model, loss=loss))(*args)
     else:
+        _, kept = jax.eval_shape(lambda: score_and_keep(no_pairs(4), {"params": params}, batch, model=model))
+        kept = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), kept) if form == "kept" else None
         program = jax.make_jaxpr(functools.partial(add_weighted, model=model))(
-            zeros, params, None, None, batch, Slopes(jnp.ones((4, 2)), {})
+            zeros, params, None, None, batch, Slopes(jnp.ones((4, 2)), {}), kept
         )
     products = [one for one in equations_of(program.jaxpr) if one.primitive.name == "dot_general"]
     assert len(products) > 20
@@ -335,7 +432,7 @@ def test_the_state_that_comes_in_is_donated():
 # Adapters over frozen parameters
 
 
-def adapted_step(*, mesh=None, mode="direct", shape=None, dropout=0.0, seed=0):
+def adapted_step(*, mesh=None, mode="direct", shape=None, dropout=0.0, seed=0, keeps=False):
     """A step that trains adapters whose effect is not zero."""
     mesh = mesh or one_device()
     cfg, frozen = stories(mesh)
@@ -347,7 +444,7 @@ def adapted_step(*, mesh=None, mode="direct", shape=None, dropout=0.0, seed=0):
     model, optimizer = Decoder(cfg, jnp.float32, lora_scale=2.0, lora_dropout=dropout), optax.sgd(1.0)
     shardings = state_shardings(state_shapes(shapes, optimizer), optimizer, mesh)
     scorer = Scorer(model, loss, hparams, mesh, [shape or RowShape(rows, 128, 96)])
-    step = TrainStep(scorer, model, loss, optimizer, shardings, mode=mode, frozen=frozen, seed=seed)
+    step = TrainStep(scorer, model, loss, optimizer, shardings, mode=mode, frozen=frozen, seed=seed, keeps=keeps)
     return step, jax.device_put(adapters, shardings.params)
 
 
@@ -360,8 +457,10 @@ def test_the_gradient_of_adapters_is_one_function_of_the_pairs_too():
     wanted, wanted_metrics = step.mean_grads(adapters, sixteen_pairs())
     for options in (
         {"mode": "two_pass"},
+        {"mode": "two_pass", "keeps": True},
         {"mesh": make_mesh(1, 4, 2)},
         {"mesh": make_mesh(2, 2, 2), "mode": "two_pass"},
+        {"mesh": make_mesh(2, 2, 2), "mode": "two_pass", "keeps": True},
     ):
         step, adapters = adapted_step(**options)
         grads, metrics = step.mean_grads(adapters, sixteen_pairs())

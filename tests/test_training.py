@@ -157,6 +157,7 @@ def test_what_a_run_computes_with_may_change_when_it_goes_on(unbroken, recipe, t
         "data.row_length": 1024,
         "data.slots_per_device": 4096,
         "optim.two_pass_below": None,
+        "optim.keep_layer_inputs": None,
         "optim.mode": "direct",
     }
     fields |= {"model.attn_implementation": "dense", "model.remat": "none", "run.profile_steps": "2-3"}
@@ -303,8 +304,11 @@ def test_export_writes_any_checkpoint_though_the_first_model_is_gone(unbroken, t
 
 
 @pytest.mark.slow
-def test_two_pass_trains_to_the_same_weights(unbroken, recipe, tmp_path):
-    finished(command(recipe, tmp_path / "run", "--mode", "two_pass", "--two_pass_below", "null"))
+@pytest.mark.parametrize("keeps", ["true", "false"])
+def test_two_pass_trains_to_the_same_weights(unbroken, recipe, tmp_path, keeps):
+    flags = "--mode", "two_pass", "--two_pass_below", "null", "--keep_layer_inputs", keeps
+    output = finished(command(recipe, tmp_path / "run", *flags))
+    assert ("of layer inputs" in output) == (keeps == "true")
     before = safetensors.numpy.load_file(STORIES / "model.safetensors")
     ours, theirs = (
         safetensors.numpy.load_file(run / "hf" / "model.safetensors") for run in (tmp_path / "run", unbroken[0])

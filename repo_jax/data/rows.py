@@ -40,6 +40,9 @@ class RowBatch(NamedTuple):
     weights_RS: np.ndarray | None = None  # what each scored token counts for in its answer's sum; None: 1
     views_R2Y: np.ndarray | None = None  # the slots of one side's answers and their prompts, in order; T where unused
     known: "Known | None" = None  # the same in all row batches of a global batch
+    starts_B3: np.ndarray | None = (
+        None  # the slots, rows end to end, where a pair's prompt, chosen and rejected begin; -1: not here
+    )
 
 
 class Known(NamedTuple):
@@ -281,6 +284,7 @@ def _fill(pairs, rows: list[list[int]], shape: RowShape, B: int, wanted_B2: np.n
         filled_B=np.zeros(B, bool),
         weights_RS=np.zeros((R, S), np.float32) if any(pair.weights is not None for pair in pairs) else None,
         views_R2Y=np.full((R, 2, Y), T, np.int32) if Y else None,
+        starts_B3=np.full((B, 3), -1, np.int32),
     )
     for row, numbers in enumerate(rows):
         slot, scored, segment, seen = 0, 0, 0, [0, 0]
@@ -298,11 +302,13 @@ def _fill(pairs, rows: list[list[int]], shape: RowShape, B: int, wanted_B2: np.n
                 batch.prompts_RT[row, here] = prompt_segment
                 slot += len(ids)
 
+            batch.starts_B3[number, 0] = row * T + slot
             put(pair.prompt, 0, prompt_segment)
             segment = prompt_segment
             for side in np.flatnonzero(wanted_B2[number]):
                 ids, mask = pair.branches[side], pair.masks[side]
                 segment += 1
+                batch.starts_B3[number, 1 + side] = row * T + slot
                 answer = np.arange(slot, slot + len(ids))
                 # Each token is predicted by the one before it; a branch's first token by the prompt's last.
                 sources = np.concatenate([prompt[-1:], answer[:-1]])
@@ -320,6 +326,20 @@ def _fill(pairs, rows: list[list[int]], shape: RowShape, B: int, wanted_B2: np.n
                     batch.views_R2Y[row, side, seen[side] : seen[side] + len(entries)] = entries
                     seen[side] += len(entries)
     return batch
+
+
+def slots_before(pairs: Sequence[PairTokens], before: Sequence[RowBatch], batch: RowBatch) -> np.ndarray:
+    """slots_RT: which slot of the batches `before`, all of one shape and end to end, holds the token that a slot of `batch` has. Padding
+    slots get the first."""
+    slots_RT = np.zeros(batch.tokens_RT.shape, np.int32)
+    flat, size = slots_RT.reshape(-1), before[0].tokens_RT.size
+    starts_NB3 = np.stack([one.starts_B3 for one in before])
+    places_NB3 = np.where(starts_NB3 >= 0, starts_NB3 + size * np.arange(len(before))[:, None, None], -1)
+    places_B3 = places_NB3.max(axis=0)  # a pair is in one of them
+    for number, part in zip(*np.nonzero(batch.starts_B3 >= 0), strict=True):
+        start, n = batch.starts_B3[number, part], pairs[number].lengths[part]
+        flat[start : start + n] = places_B3[number, part] + np.arange(n)
+    return slots_RT
 
 
 # How long rows should be

@@ -66,6 +66,13 @@ REMAT = {
 }
 
 
+Kept = dict[
+    str, jax.Array
+]  # stack -> [L, B, T, D], what each of its layers was given; OUTPUT -> [1, B, T, D], what the last one made
+OUTPUT = "output"
+KEPT_LAYERS = "kept_layers"  # the loop over them, in a program's text
+
+
 class Context(NamedTuple):
     """What a kind of layer (plain, or of one window) sees of where the tokens stand; the same for all layers of the kind."""
 
@@ -254,9 +261,15 @@ class Decoder(nn.Module):
         views_B2Y=None,
         *,
         cache: Cache | None = None,
+        keep: bool = False,
+        kept: Kept | None = None,
     ):
-        """hidden_BTD of packed rows (the views are for the kernels that need them). With a cache, of tokens that continue its
-        sequences (position -1: no token), and the cache that holds them too."""
+        """hidden_BTD of packed rows (the views are for the kernels that need them).
+
+        With a cache, of tokens that continue its sequences (position -1: no token), and the cache that holds them too. With `keep`, also
+        what each layer was given. With that as `kept`, laid out as these rows are, nothing is computed: hidden_BTD is as it was then,
+        and the backward pass begins each layer from what it was given.
+        """
         c = self.cfg
         embed_VD = self.param("embed_VD", INIT, (c.padded_V, c.D))
         if c.labels:
@@ -277,30 +290,42 @@ class Decoder(nn.Module):
         for window in dict.fromkeys(c.windows):
             rope = c.local_rope if window is not None and c.local_rope is not None else c.rope
             contexts[window] = Context(*rotations(positions_BT, rope, c.H), jax.tree.map(spread, see(window)))
-        keys, values = {}, {}
+        keys, values, inputs = {}, {}, {}
         for stack, length in c.stacks.items():
             params = self.param(stack, functools.partial(_init_stack, c, length))
             variables = {"params": params} | (
                 {"lora": self.get_variable("lora", stack)} if self.has_variable("lora", stack) else {}
             )
             cached = None if cache is None else (cache.keys[stack], cache.values[stack])
-            x_BTD, kept = self._run(x_BTD, variables, length, contexts, cached, cache and cache.length)
+            if kept is not None:
+                out_BTD = _given_next(c, stack, kept)
+                windows = c.windows[:length]
+                seen = tuple(contexts[window] for window in windows)
+                x_BTD = _from_kept(self._layer(), windows, x_BTD, variables, seen, kept[stack], out_BTD)
+                continue
+            run = x_BTD, variables, length, contexts, cached, cache and cache.length
+            x_BTD, new, inputs[stack] = self._run(*run, keep=keep)
             if cache is not None:
-                keys[stack], values[stack] = kept
+                keys[stack], values[stack] = new
+        inputs[OUTPUT] = x_BTD[None]
         scale_D = self.param("final_norm_D", nn.initializers.ones, (c.D,))
         x_BTD = rms_norm(x_BTD, scale_D, eps=c.norm_eps, unit_offset=c.unit_offset_norm)
         if cache is None:
-            return x_BTD
+            return (x_BTD, inputs) if keep else x_BTD
         return x_BTD, Cache(keys, values, seen_BS, cache.length + tokens_BT.shape[1])
 
-    def _run(self, x_BTD, variables, length: int, contexts, cached, filled):
-        """The layers of one stack.
+    def _layer(self) -> Layer:
+        return Layer(self.cfg, self.lora_scale, self.lora_dropout, self.attention, parent=None)
+
+    def _run(self, x_BTD, variables, length: int, contexts, cached, filled, *, keep: bool):
+        """The layers of one stack: what comes out, the longer keys and values where there is a cache, and what each layer was given if
+        that is to be kept.
 
         scan compiles the layers of one period of windows and runs them over parameters stacked along L; remat inside it decides
         what each turn of the loop keeps for the backward pass (prevent_cse guards a case that cannot arise inside a scan).
         """
         windows = self.cfg.windows[:length]
-        layer = Layer(self.cfg, self.lora_scale, self.lora_dropout, self.attention)
+        layer = self._layer()
         dropping = self.lora_dropout and self.has_rng("dropout") and "lora" in variables
 
         # A layer is picked out of its period inside: what the loop keeps for the backward pass is then the stack itself. A layer
@@ -315,22 +340,70 @@ class Decoder(nn.Module):
             )
 
         def period(x_BTD, inputs):
-            kept = []
+            found = []
             for j, window in enumerate(windows):
+                given_BTD = x_BTD if keep else None
                 x_BTD, new = one(inputs, x_BTD, contexts[window], j)
-                kept.append(new)
-            return x_BTD, kept[0] if len(windows) == 1 else jax.tree.map(lambda *layers: jnp.stack(layers), *kept)
+                found.append((new, given_BTD))
+            return x_BTD, found[0] if len(windows) == 1 else jax.tree.map(lambda *layers: jnp.stack(layers), *found)
 
         keys_L = jax.random.split(self.make_rng("dropout"), length) if dropping else None
         periods = (variables, cached, keys_L)
-        if len(windows) > 1:  # a reshape that changes nothing would cost a CPU a copy of every weight
-            periods = jax.tree.map(
-                lambda leaf: leaf.reshape(length // len(windows), len(windows), *leaf.shape[1:]), periods
-            )
-        x_BTD, kept = jax.lax.scan(period, x_BTD, periods)
-        if len(windows) > 1:
-            kept = jax.tree.map(lambda leaf: leaf.reshape(length, *leaf.shape[2:]), kept)
-        return x_BTD, kept
+        x_BTD, found = jax.lax.scan(period, x_BTD, _by_period(periods, len(windows)))
+        return x_BTD, *_by_layer(found, len(windows))
+
+
+def _by_period(layers, n: int):
+    """[L, ...] -> [L / n, n, ...]; where n is 1 as it is: a reshape that changes nothing would cost a CPU a copy of every weight."""
+    return layers if n == 1 else jax.tree.map(lambda leaf: leaf.reshape(-1, n, *leaf.shape[1:]), layers)
+
+
+def _by_layer(periods, n: int):
+    """The inverse of _by_period."""
+    return periods if n == 1 else jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), periods)
+
+
+def _given_next(cfg: DecoderConfig, stack: str, kept: Kept):
+    """What the layers of a stack made: the first input of the next stack, or the last one's output."""
+    after = [*cfg.stacks, OUTPUT]
+    return kept[after[after.index(stack) + 1]][0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _from_kept(layer: Layer, windows: tuple, x_BTD, variables: dict, contexts: tuple, inputs_LBTD, out_BTD):
+    """out_BTD, which the layers of a stack made of x_BTD when their inputs were kept; a window and a context for each of a period. Backward
+    computes each layer forward once, from its input. Where there are adapters, they alone are taken to be trained."""
+    return out_BTD
+
+
+def _from_kept_fwd(layer, windows, x_BTD, variables, contexts, inputs_LBTD, out_BTD):
+    return out_BTD, (variables, contexts, inputs_LBTD)
+
+
+def _from_kept_bwd(layer, windows, residuals, g_BTD):
+    variables, contexts, inputs_LBTD = residuals
+    trained = "lora" if "lora" in variables else "params"
+
+    def period(g_BTD, of_period):
+        found = []
+        for j, window in reversed(list(enumerate(windows))):
+            variables, x_BTD = of_period if len(windows) == 1 else jax.tree.map(lambda leaf, j=j: leaf[j], of_period)
+
+            def one(weights, x_BTD, variables=variables, context=contexts[j], window=window):
+                return layer.apply(variables | {trained: weights}, x_BTD, context, None, window)[0]
+
+            dweights, g_BTD = jax.vjp(one, variables[trained], x_BTD)[1](g_BTD)
+            found.insert(0, dweights)
+        return g_BTD, found[0] if len(windows) == 1 else jax.tree.map(lambda *layers: jnp.stack(layers), *found)
+
+    periods = _by_period((variables, inputs_LBTD), len(windows))
+    with jax.named_scope(KEPT_LAYERS):
+        g_BTD, dweights = jax.lax.scan(period, g_BTD, periods, reverse=True)
+    dvariables = dict.fromkeys(variables) | {trained: _by_layer(dweights, len(windows))}
+    return g_BTD, dvariables, None, None, None
+
+
+_from_kept.defvjp(_from_kept_fwd, _from_kept_bwd)
 
 
 def _init_stack(cfg: DecoderConfig, length: int, key):

@@ -17,6 +17,7 @@ from repo_jax.data.rows import (
     pack,
     packed,
     row_batches,
+    slots_before,
     spread,
     suggest_row_length,
     suggest_scored_length,
@@ -113,8 +114,8 @@ def test_two_pairs_share_a_row():
 
 def test_arrays_are_int32_but_for_the_mask(rng):
     (batch,) = row_batches([pair_of(rng, (2, 2, 2), V=V)], RowShape(1, 8, 8))
-    *ids, filled_B, weights_RS, views_R2Y, _ = batch
-    assert {array.dtype for array in ids} == {np.dtype(np.int32)}
+    *ids, filled_B, weights_RS, views_R2Y, _, starts_B3 = batch
+    assert {array.dtype for array in (*ids, starts_B3)} == {np.dtype(np.int32)}
     assert filled_B.dtype == bool
     assert weights_RS is views_R2Y is None
     (batch,) = row_batches([pair_of(rng, (2, 2, 2), V=V)], RowShape(1, 8, 8, 8))
@@ -250,13 +251,31 @@ def test_any_pairs_come_back_whole_from_their_rows():
         assert filled.tolist() == there_B2.any(axis=1).tolist(), f"seed {seed}"
 
 
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 30), st.integers(0, 2**31), st.booleans())
+def test_the_slots_before_hold_the_same_tokens_at_the_same_places(n, seed, several):
+    pairs, rng = random_pairs(n, V=V, seed=seed), np.random.default_rng(seed)
+    before = row_batches(pairs, RowShape(3, 128, 100))
+    wanted = rng.random((n, 2)) < 0.6
+    for batch in row_batches(pairs, RowShape(2 if several else 4, 64 if several else 128, 60), wanted_B2=wanted):
+        slots = slots_before(pairs, before, batch)
+        assert slots.dtype == np.int32 and slots.shape == batch.tokens_RT.shape
+        there = batch.segments_RT > 0
+        for name in ("tokens_RT", "positions_RT"):
+            old = np.concatenate([getattr(one, name).ravel() for one in before])
+            np.testing.assert_array_equal(old[slots][there], getattr(batch, name)[there])
+        # Of its own pair, not of another with the same tokens: neighbours in an answer were neighbours.
+        steps, new = np.diff(slots, axis=1), np.diff(batch.segments_RT, axis=1)
+        assert (steps[(new == 0) & there[:, 1:]] == 1).all()
+
+
 def test_every_batch_has_the_one_shape():
     pairs = [temporal_decay(pair, gamma=0.5) for pair in random_pairs(40, V=V)]
     batches = row_batches(pairs, RowShape(R=3, T=64, S=40, Y=50))
     assert len(batches) > 1
     for batch in batches:
         shapes = [array.shape for array in batch._replace(known=None) if array is not None]
-        assert shapes == [(3, 64)] * 4 + [(3, 40)] * 3 + [(40,), (3, 40), (3, 2, 50)]
+        assert shapes == [(3, 64)] * 4 + [(3, 40)] * 3 + [(40,), (3, 40), (3, 2, 50), (40, 3)]
 
 
 def test_what_is_known_of_all_pairs_is_in_every_batch():

@@ -113,6 +113,35 @@ def test_remat_changes_memory_not_gradients(remat, attention):
         np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("attention", ["dense", "blocked", "flash"])
+@pytest.mark.parametrize("L", [2, 4, 5])  # with MIXED's windows one period, two, and two with a layer left over
+def test_backward_from_kept_inputs_is_the_gradient_and_forward_what_was_kept(L, attention):
+    cfg = dataclasses.replace(MIXED, L=L)
+    params, tokens = random_params(cfg), jnp.arange(40)[None] % 7
+    segments = jnp.ones_like(tokens)
+    views = jnp.stack([jnp.arange(40), jnp.full(40, 40)])[None] if attention == "flash" else None
+    model = Decoder(cfg, jnp.float32, attention=attention)
+    cotangent = jnp.asarray(np.random.default_rng(0).normal(size=(1, 40, cfg.D)), jnp.float32)
+
+    def run(params, **options):
+        return model.apply({"params": params}, tokens, jnp.arange(40)[None], segments, segments, views, **options)
+
+    def objective(params, **options):
+        out = run(params, **options)
+        return (out * cotangent).sum(), out
+
+    @quickly
+    def both(params):
+        _, kept = run(params, keep=True)
+        return jax.grad(objective, has_aux=True)(params), jax.grad(objective, has_aux=True)(params, kept=kept), kept
+
+    (plain, out), (ours, same), kept = both(params)
+    assert {name: leaf.shape[0] for name, leaf in kept.items()} == cfg.stacks | {"output": 1}
+    np.testing.assert_allclose(same, out, rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+        assert jnp.linalg.norm(mine - theirs) <= 1e-5 * jnp.linalg.norm(theirs) + 1e-6
+
+
 def gradient_program(remat, attention="dense"):
     """What a gradient takes, step by step."""
     params, tokens = param_shapes(TINY), np.arange(12)
