@@ -80,9 +80,8 @@ def test_four_processes_make_the_model_that_one_makes(folder, alone):
     assert_same(folder / "four", alone)
 
 
-@pytest.mark.parametrize(
-    "mode, processes, left", [("two_pass", 2, 1), pytest.param("direct", 4, 2, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode, processes, left", [("two_pass", 2, 1), ("direct", 4, 2)])
 def test_sigterm_to_one_of_several_saves_all_and_fewer_go_on_in_the_same_order(folder, alone, mode, processes, left):
     output = folder / f"stopped-{mode}"
     before = start(folder, f"{mode}-before", "--mode", mode, output=output, processes=processes, devices=4 // processes)

@@ -45,7 +45,7 @@ def test_every_notebook_is_tested():
     assert sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb")) == NAMES
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])])
 def test_it_runs_from_a_clean_kernel_and_draws_its_figures(name, checkout):
     notebook = read(name)
     for cell in code_cells(notebook):

@@ -381,7 +381,7 @@ def test_a_plan_compiles_what_the_mode_runs(mode, wanted):
     assert Programs(recipe, TINY, mesh, planning.RowShape(4, 48, 40, 0)).names == wanted
 
 
-@pytest.mark.parametrize("axes", [(1, 1, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("axes", [pytest.param((1, 1, 1), marks=pytest.mark.slow), (2, 2, 2)], ids=str)
 def test_a_plan_keeps_layer_inputs_where_training_would_and_counts_them(axes):
     recipe = with_dtypes(recipe_of(optim__mode="two_pass", optim__train_batch_size=8, data__max_length=128))
     mesh = make_mesh(*axes, jax.devices()[: math.prod(axes)])

@@ -134,7 +134,10 @@ open("{folder}/calls", "a").write(f"{{program}} {{line}}\\n")
     return folder
 
 
-SLOW = {"repo-jax train configs/quickstart.yaml"}  # as tests/test_quickstart.py is
+SLOW = {
+    "repo-jax train configs/quickstart.yaml",
+    "repo-jax bench recipe.yaml",
+}  # as tests/test_quickstart.py is; test_benchmark.py
 
 
 @pytest.mark.parametrize("line", [pytest.param(x, marks=[pytest.mark.slow] * (x in SLOW)) for x in COMMANDS])

@@ -160,7 +160,10 @@ def test_mismatched_sequences_have_theirs(folder):
     np.testing.assert_allclose(ours, scored(setup, pairs), rtol=1e-5)
 
 
-@pytest.mark.parametrize("model", [{}, {"use_peft": True, "lora_r": 2}], ids=["all", "adapters"])
+@pytest.mark.parametrize(
+    "model",
+    [pytest.param({}, id="all"), pytest.param({"use_peft": True, "lora_r": 2}, id="adapters", marks=pytest.mark.slow)],
+)
 def test_a_run_begins_with_margins_of_zero_and_goes_on_without_what_was_kept(folder, tmp_path, model):
     output = tmp_path / "run"
     recipe = recipe_in(folder, model, {"output_dir": str(output)})

@@ -227,6 +227,7 @@ def test_rows_are_built_on_a_thread_at_most_two_ahead_and_a_run_that_stops_ends_
     assert not builders() and len(names) <= 5
 
 
+@pytest.mark.slow
 def test_a_finished_run_started_again_trains_no_more_and_says_the_same(recipe, unbroken):
     run, output = unbroken
     weights = (run / "hf" / "model.safetensors").read_bytes()
@@ -236,6 +237,7 @@ def test_a_finished_run_started_again_trains_no_more_and_says_the_same(recipe, u
     assert (run / "hf" / "model.safetensors").read_bytes() == weights
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_its_last_checkpoint_reports_its_last_evaluation_when_it_goes_on(unbroken, recipe):
     pytest.importorskip("tensorboardX", reason="what writes event files")
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -342,6 +344,7 @@ def test_a_folder_holds_one_run(recipe, unbroken, capsys):
     )
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_everything_was_moved_but_not_over_another_model(recipe, adapted, tmp_path, capsys):
     data = pathlib.Path(yaml.safe_load(recipe.read_text())["data"]["dataset_name"])
     shutil.copytree(data, tmp_path / data.name)

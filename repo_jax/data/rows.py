@@ -41,7 +41,7 @@ class RowBatch(NamedTuple):
     views_R2Y: np.ndarray | None = None  # the slots of one side's answers and their prompts, in order; T where unused
     known: "Known | None" = None  # the same in all row batches of a global batch
     starts_B3: np.ndarray | None = (
-        None  # the slots, rows end to end, where a pair's prompt, chosen and rejected begin; -1: not here
+        None  # the slots, rows end to end, where prompt, chosen and rejected begin; -1: not here
     )
 
 
