@@ -24,14 +24,14 @@ from repo_jax.config import Recipe
 from repo_jax.data.rows import RowShape, Sizes, packed, suggest_shapes
 from repo_jax.flops import Lengths, flops_of
 from repo_jax.hlo import Work, by_kind_and_axes, work_of
-from repo_jax.losses import make_loss, title_of
+from repo_jax.losses import DEFAULT_LOSS, make_loss, title_of
 from repo_jax.memory import at_work, is_out_of_memory, keeps_layer_inputs, layer_inputs, temporaries
 from repo_jax.models.config import DecoderConfig
 from repo_jax.models.decoder import param_shapes
-from repo_jax.preparation import slots_per_device, without_auto
+from repo_jax.preparation import in_its_form, slots_per_device, without_auto
 from repo_jax.programs import Held, Programs, with_dtypes
 from repo_jax.sharding import AXES, make_mesh
-from repo_jax.step import check_held, needs_two_passes, recomputed, rooms, takes_two_passes
+from repo_jax.step import check_held, recomputed, rooms
 from repo_jax.stores import model_files
 from repo_jax.topology import (
     NoCompilerError,
@@ -98,7 +98,8 @@ def plan(
     without_accelerators()
     there = parse_topology(topology, slices)
     recipe = dataclasses.replace(recipe, loss=without_auto(recipe.loss)[0])
-    recipe = _in_its_form(recipe)
+    name = title_of(recipe.loss.get("loss_type", DEFAULT_LOSS))
+    recipe = dataclasses.replace(recipe, optim=in_its_form(recipe, name, make_loss(**recipe.loss)[0]))
     cfg = read_model_config(model_config) if model_config else DecoderConfig.from_hf(model_files(recipe).weights)
     if not searching:
         return make_plan(recipe, cfg, there, command=command)
@@ -106,17 +107,6 @@ def plan(
     changes = best[0].pop("change") if best and best[0]["fits"] else {}
     found = make_plan(changed(recipe, changes), cfg, there, command=f"{command} {flags(changes)}".strip())
     return found | {"search": [{name: value for name, value in one.items() if name != "change"} for one in best]}
-
-
-def _in_its_form(recipe: Recipe) -> Recipe:
-    """As training has it: a loss that only two passes are exact for takes two, and adapters with dropout one."""
-    if recipe.model.use_peft and recipe.model.lora_dropout:
-        return dataclasses.replace(recipe, optim=dataclasses.replace(recipe.optim, mode="direct"))
-    if not takes_two_passes(make_loss(**recipe.loss)[0]):
-        return recipe
-    if recipe.optim.mode == "direct":
-        raise ValueError(needs_two_passes(f"loss '{title_of(recipe.loss['loss_type'])}'"))
-    return dataclasses.replace(recipe, optim=dataclasses.replace(recipe.optim, mode="two_pass"))
 
 
 # Rows

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from repo_jax.config import DataSection, ModelSection, Recipe, RunSection
+from repo_jax.config import DataSection, ModelSection, OptimSection, Recipe, RunSection
 from repo_jax.data.batches import steps_per_epoch
 from repo_jax.data.chat import load_tokenizer
 from repo_jax.data.groups import GROUPS
@@ -82,6 +82,39 @@ class Setup(NamedTuple):
         """What adapters lie over; None where all parameters are trained."""
         model = self.recipe.model
         return self.pretrained.shapes(self.mesh, model.param_dtype) if model.use_peft else None
+
+
+def in_its_form(recipe: Recipe, name: str, loss: Loss) -> OptimSection:
+    """What a recipe says of updates, in the one mode that is left where adapters have dropout or the loss, of this name, takes two passes.
+
+    Raises ValueError where none is left, or where nothing would read what else is set.
+    """
+    optim, dropout = recipe.optim, recipe.model.lora_dropout
+    if dropout:
+        if optim.mode == "two_pass":
+            raise ValueError(
+                f"lora_dropout={dropout:g} would drop other inputs in each pass of mode two_pass; set it to 0, or mode to direct"
+            )
+        for option in ("two_pass_below", "keep_layer_inputs"):
+            if (value := getattr(optim, option)) is not None:
+                raise ValueError(
+                    f"lora_dropout={dropout:g} leaves only mode direct, so that nothing would read "
+                    f"{option}={json.dumps(value)}; leave one of them out"
+                )
+        if takes_two_passes(loss):
+            raise ValueError(
+                f"lora_dropout={dropout:g} needs mode direct, but loss '{name}' takes two passes; set it to 0"
+            )
+        return dataclasses.replace(optim, mode="direct")
+    if not takes_two_passes(loss):
+        return optim
+    if optim.mode == "direct":
+        raise ValueError(needs_two_passes(f"loss '{name}'"))
+    if optim.two_pass_below is not None:
+        raise ValueError(
+            f"loss '{name}' takes two passes always, so that nothing would read two_pass_below={optim.two_pass_below:g}; leave it out"
+        )
+    return dataclasses.replace(optim, mode="two_pass")
 
 
 def decoder(model: ModelSection, cfg: DecoderConfig, mesh: Mesh) -> Decoder:
@@ -180,31 +213,7 @@ def set_up(
             f"'{recipe.model.model_name_or_path}' is an adapter, and adapters over an adapter are not supported; merge it into its base "
             "with PEFT (merge_and_unload, then save_pretrained) and give that model, or train all parameters (use_peft: false)"
         )
-    optim = recipe.optim
-    if adapts and recipe.model.lora_dropout:
-        if optim.mode == "two_pass":
-            raise ValueError(
-                f"lora_dropout={recipe.model.lora_dropout:g} would drop other inputs in each pass of mode two_pass; set it to 0, or mode to direct"
-            )
-        for option in ("two_pass_below", "keep_layer_inputs"):
-            if (value := getattr(optim, option)) is not None:
-                raise ValueError(
-                    f"lora_dropout={recipe.model.lora_dropout:g} leaves only mode direct, so that nothing would read "
-                    f"{option}={json.dumps(value)}; leave one of them out"
-                )
-        if takes_two_passes(loss):
-            raise ValueError(
-                f"lora_dropout={recipe.model.lora_dropout:g} needs mode direct, but loss '{name}' takes two passes; set it to 0"
-            )
-        optim = dataclasses.replace(optim, mode="direct")
-    if training and takes_two_passes(loss):
-        if optim.mode == "direct":
-            raise ValueError(needs_two_passes(f"loss '{name}'"))
-        if optim.two_pass_below is not None:
-            raise ValueError(
-                f"loss '{name}' takes two passes always, so that nothing would read two_pass_below={optim.two_pass_below:g}; leave it out"
-            )
-        optim = dataclasses.replace(optim, mode="two_pass")
+    optim = in_its_form(recipe, name, loss) if training else recipe.optim
     tokenizer = tokenizer_of(recipe)
     if (largest := len(tokenizer)) > cfg.V:
         raise ValueError(

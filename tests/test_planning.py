@@ -353,18 +353,27 @@ def test_programs_of_losses_that_need_more_than_pairs_are_those_of_training(loss
         jax.eval_shape(fn, *args)
 
 
-def test_a_plan_has_the_form_that_training_takes():
-    def planned(**optim):
-        optim = {"train_batch_size": 8} | optim
-        return planning._in_its_form(
-            to_recipe({"model": {"model_name_or_path": "m"}, "loss": {"loss_type": "kto"}, "optim": optim})
-        )
+def test_a_plan_has_the_form_that_training_takes_and_is_refused_where_training_is(monkeypatch):
+    monkeypatch.setattr(planning, "without_accelerators", lambda: None)
+    monkeypatch.setattr(planning, "make_plan", lambda recipe, *_, **__: recipe)
 
-    assert planned().optim.mode == "two_pass"
-    dropping = {"model_name_or_path": "m", "use_peft": True, "lora_dropout": 0.1}
-    assert planning._in_its_form(to_recipe({"model": dropping})).optim.mode == "direct"
+    def planned(adapters=None, **sections):
+        model = {"model_name_or_path": "m"} | (adapters or {})
+        recipe = to_recipe({"model": model, "optim": {"train_batch_size": 8}} | sections)
+        return planning.plan(recipe, "v5e:2x2", model_config=str(CONFIGS / "llama-3-8b.json")).optim.mode
+
+    kto, dropping = {"loss_type": "kto"}, {"use_peft": True, "lora_dropout": 0.1}
+    assert planned() == "auto"
+    assert planned(loss=kto) == "two_pass"
+    assert planned(dropping) == "direct"
     with pytest.raises(ValueError, match="mode=direct but loss 'kto' mixes"):
-        planned(mode="direct")
+        planned(loss=kto, optim={"mode": "direct"})
+    with pytest.raises(ValueError, match=r"lora_dropout=0\.1 needs mode direct, but loss 'kto' takes two passes"):
+        planned(dropping, loss=kto)
+    with pytest.raises(ValueError, match=r"lora_dropout=0\.1 would drop other inputs in each pass of mode two_pass"):
+        planned(dropping, optim={"mode": "two_pass"})
+    with pytest.raises(ValueError, match="so that nothing would read keep_layer_inputs=true"):
+        planned(dropping, optim={"keep_layer_inputs": True})
 
 
 @pytest.mark.parametrize(
