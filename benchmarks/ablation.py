@@ -43,7 +43,7 @@ import optax
 from repo_jax.benchmark import about, prepare
 from repo_jax.config import load_recipe
 from repo_jax.data.batches import batch_indices
-from repo_jax.data.rows import RowBatch, RowShape, round_up, row_batches, slots_before, suggest_shapes
+from repo_jax.data.rows import Known, RowBatch, RowShape, round_up, row_batches, slots_before, suggest_shapes
 from repo_jax.data.schema import PairTokens
 from repo_jax.flops import Lengths, lengths_of, visible_keys
 from repo_jax.losses import make_loss
@@ -231,7 +231,8 @@ def shapes_apart(setup: Setup) -> tuple[RowShape, ...]:
 
 
 def every_slot(batches: list[RowBatch]) -> list[RowBatch]:
-    """The same rows with the head on every slot: where nothing is scored, on a token that counts for no answer."""
+    """The same rows with the head on every slot: where nothing is scored, on a token of a pair more that is not there, because the head
+    stops behind the last token of an answer."""
 
     def sources(batch, row):
         return batch.sources_RS[row, batch.answers_RS[row] < 2 * len(batch.filled_B)]
@@ -242,17 +243,25 @@ def every_slot(batches: list[RowBatch]) -> list[RowBatch]:
     done = []
     for batch in batches:
         (R, T), nobody = batch.tokens_RT.shape, 2 * len(batch.filled_B)
-        S = T + twice
+        S, more = T + twice, nobody  # the chosen answer of the pair more
         wide = {name: np.zeros((R, S), np.int32) for name in ("targets_RS", "sources_RS")}
-        wide["answers_RS"] = np.full((R, S), nobody, np.int32)
+        wide["answers_RS"] = np.full((R, S), nobody + 2, np.int32)
         for row in range(R):
             scored = batch.answers_RS[row] < nobody
             for name, array_RS in wide.items():
                 array_RS[row, : scored.sum()] = getattr(batch, name)[row, scored]
             others = np.setdiff1d(np.arange(T), sources(batch, row))
-            wide["sources_RS"][row, scored.sum() : scored.sum() + len(others)] = others
-        done.append(batch._replace(**wide))
+            here = slice(scored.sum(), scored.sum() + len(others))
+            wide["sources_RS"][row, here], wide["answers_RS"][row, here] = others, more
+        done.append(batch._replace(**wide, filled_B=np.append(batch.filled_B, False), known=with_one_more(batch.known)))
     return done
+
+
+def with_one_more(known: Known | None) -> Known | None:
+    """With a pair that is not there; None, in all row batches but the first, stays None."""
+    if known is None:
+        return None
+    return known._replace(lengths_B2=np.concatenate([known.lengths_B2, np.zeros((1, 2), known.lengths_B2.dtype)]))
 
 
 # Their ideals

@@ -30,7 +30,7 @@ from repo_jax.memory import explained, held_in_scoring
 from repo_jax.models.decoder import param_shapes
 from repo_jax.models.pretrained import Pretrained, open_model
 from repo_jax.models.tensors import fingerprint
-from repo_jax.preparation import decoder, resolved
+from repo_jax.preparation import check_used, check_vocabulary, decoder, resolved
 from repo_jax.progress import say
 from repo_jax.run_folder import write_whole
 from repo_jax.sharding import make_mesh, param_shardings
@@ -132,10 +132,7 @@ def prepare(
     if cfg.labels:
         raise ValueError(f"'{name}' is a classification or reward model, which writes nothing; give a language model")
     tokenizer = tokenizer_of(recipe)
-    if len(tokenizer) > cfg.V:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens but the model embeds {cfg.V}; give the tokenizer that belongs to the model"
-        )
+    check_vocabulary(tokenizer, cfg)
     for option, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{option}={value}; give a whole number from 1")
@@ -151,6 +148,7 @@ def prepare(
     prompts = read_prompts(source.rows(), tokenizer, template_kwargs)
     if not prompts:
         raise ValueError(f"'{source.name}' has no rows; give a file of prompts")
+    check_used(tokenizer, cfg, (np.asarray(prompt.ids) for prompt in prompts))
     if long := [prompt for prompt in prompts if len(prompt.ids) >= cfg.max_positions]:
         more = f", and {len(long) - 1} more are too long" if len(long) > 1 else ""
         raise ValueError(

@@ -46,7 +46,7 @@ def model_card(
         f" of {' and '.join(f'`{name}`' for name in datasets)}" if datasets else ""
     )
     lines = ["---", _dump(metadata), "---", "", HEADING, "", f"Started from {start} and trained by {by} {pairs}.", ""]
-    if results is not None and "before" in results:
+    if results is not None and {"before", "after"} <= results.keys():
         lines += [f"On {results['pairs']} held-out pairs:", "", "| | before | after |", "| --- | --- | --- |"]
         for name in results["after"]:
             lines.append(f"| {name} | {results['before'][name]:.4f} | {results['after'][name]:.4f} |")

@@ -197,7 +197,7 @@ def what_helps(recipe: Recipe, mesh: Mesh, held: dict[str, int]) -> list[str]:
             found.append(
                 f"rows_per_device: {data.rows_per_device // 2} (now {data.rows_per_device}; the same result in more passes)"
             )
-        if "gradients" in held and model.remat != "full":
+        if "gradients" in held and model.remat not in ("full", "offload"):
             found.append(f"remat: full (now {model.remat}; layers are computed twice instead of kept)")
     if "layer inputs" in held:
         found.append(f"keep_layer_inputs: false ({saves(held['layer inputs'])}; two passes compute more)")

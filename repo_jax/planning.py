@@ -126,7 +126,9 @@ def rows_for(recipe: Recipe, cfg: DecoderConfig, ways: int) -> Rows:
 
     Raises ValueError where the recipe's lengths leave none of these.
     """
-    data, B = recipe.data, recipe.optim.train_batch_size
+    data = recipe.data
+    sequences = 1 + len(make_loss(**recipe.loss)[0].groups)  # a pair's further ones are taken to be as long
+    B = recipe.optim.train_batch_size * sequences
     pairs_B3 = np.array([list(map(int, pair.split(","))) for pair in TYPICAL.split()])
     limit = data.max_length or cfg.max_positions
     kept = (pairs_B3[:, 0] + pairs_B3[:, 1:].max(axis=1) <= limit) & (
@@ -155,7 +157,8 @@ def rows_for(recipe: Recipe, cfg: DecoderConfig, ways: int) -> Rows:
     update_B3 = pairs_B3[np.arange(B) * len(pairs_B3) // B]
     _, rows = packed(_sizes(update_B3), [shape])
     batches = len(rows) // shape.R if shape.R > 1 else len(rows)
-    lengths = Lengths(update_B3[:, 0], update_B3[:, 1:], update_B3[:, 1:])
+    of_pairs_B3 = update_B3[::sequences]
+    lengths = Lengths(of_pairs_B3[:, 0], of_pairs_B3[:, 1:], of_pairs_B3[:, 1:])
     return Rows(shape, batches, lengths, 1 - update_B3.sum() / (batches * shape.R * shape.T))
 
 
@@ -544,7 +547,7 @@ def _brief(said: dict) -> dict:
 def what_would_fit(recipe: Recipe, cfg: DecoderConfig, topology: Topology) -> list[dict]:
     """Ways to need less and the next larger slice, each looked at with everything else as it is, cheapest first."""
     less = {}
-    if recipe.model.remat != "full":
+    if recipe.model.remat not in ("full", "offload"):
         less["model.remat"] = "full"
     if recipe.data.rows_per_device is None or recipe.data.rows_per_device > 1:
         less["data.rows_per_device"] = 1

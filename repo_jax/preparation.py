@@ -5,7 +5,7 @@ import inspect
 import json
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -73,9 +73,9 @@ class Setup(NamedTuple):
     @property
     def live_shapes(self) -> dict | None:
         """The reference model where it stays on the devices beside the one that is trained."""
-        if not is_live(self.loss) or self.recipe.model.use_peft:
-            return None
-        return self.pretrained.shapes(self.mesh, self.recipe.model.param_dtype)
+        if not is_live(self.loss) or (self.recipe.model.use_peft and self.reference is None):
+            return None  # under adapters the frozen parameters are the reference, unless another is named
+        return (self.reference or self.pretrained).shapes(self.mesh, self.recipe.model.param_dtype)
 
     @property
     def frozen_shapes(self) -> dict | None:
@@ -115,6 +115,37 @@ def in_its_form(recipe: Recipe, name: str, loss: Loss) -> OptimSection:
             f"loss '{name}' takes two passes always, so that nothing would read two_pass_below={optim.two_pass_below:g}; leave it out"
         )
     return dataclasses.replace(optim, mode="two_pass")
+
+
+def check_vocabulary(tokenizer, cfg: DecoderConfig) -> None:
+    """Raises ValueError where the model embeds less than the tokenizer's own tokens.
+
+    Added ones may be missing (<image_soft_token> of Gemma 3 1B, a pad token of one's own): that harms nobody while no text holds them,
+    which is for check_used to see.
+    """
+    largest, added = len(tokenizer), sum(id >= cfg.V for id in tokenizer.added_tokens_decoder)
+    if largest - added > cfg.V:
+        raise ValueError(
+            f"the tokenizer has {largest} tokens but the model embeds {cfg.V}; give the tokenizer that belongs to the model"
+        )
+
+
+def check_used(tokenizer, cfg: DecoderConfig, ids: Iterable[np.ndarray]) -> None:
+    """Raises ValueError where data hold a token that the model does not embed; `ids` are looked at only if the tokenizer has any."""
+    if len(tokenizer) <= cfg.V:
+        return
+    used = max((int(part.max()) for part in ids if len(part)), default=0)
+    if used >= cfg.V:
+        raise ValueError(
+            f"the data hold '{tokenizer.convert_ids_to_tokens(used)}', token {used}, but the model embeds {cfg.V} tokens; give the tokenizer "
+            "that belongs to the model, or data without it"
+        )
+
+
+def _ids(store: TokenStore) -> Iterator[np.ndarray]:
+    for i in range(len(store)):
+        pair = store.plain(i)
+        yield from (pair.prompt, *pair.branches)
 
 
 def decoder(model: ModelSection, cfg: DecoderConfig, mesh: Mesh) -> Decoder:
@@ -215,12 +246,10 @@ def set_up(
         )
     optim = in_its_form(recipe, name, loss) if training else recipe.optim
     tokenizer = tokenizer_of(recipe)
-    if (largest := len(tokenizer)) > cfg.V:
-        raise ValueError(
-            f"the tokenizer has {largest} tokens but the model embeds {cfg.V}; give the tokenizer that belongs to the model"
-        )
+    check_vocabulary(tokenizer, cfg)
     train = train_store(recipe, tokenizer) if training else None
     held_out = held_out_store(recipe, tokenizer)
+    check_used(tokenizer, cfg, (ids for store in (train, held_out) if store is not None for ids in _ids(store)))
     if held_out is None and not training:
         raise ValueError(
             "there is nothing to evaluate on; give --data a file of preference pairs, or in Python eval_dataset"

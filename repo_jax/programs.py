@@ -72,8 +72,10 @@ class Held:
         self.shardings: TrainState = state_shardings(self.shapes, self.optimizer, mesh)
         self.frozen = None if frozen is None else sharded(frozen, param_shardings(frozen, mesh))
         whole = sharded(param_shapes(cfg, recipe.model.param_dtype), param_shardings(param_shapes(cfg), mesh))
-        self.live = {"params": whole if self.frozen is None else self.frozen} if is_live(loss) else None
-        beside = None if self.live is None or self.frozen is not None else whole
+        # Under adapters the frozen parameters are the reference model, unless another is named.
+        other = self.frozen is None or recipe.model.reference_model_name_or_path is not None
+        self.live = {"params": whole if other else self.frozen} if is_live(loss) else None
+        beside = whole if self.live is not None and other else None
         self.bytes = held_in_training(self.shapes, self.shardings, self.frozen, beside)
 
 

@@ -19,6 +19,7 @@ from repo_jax.config import Recipe, StoppedError, dump_recipe
 from repo_jax.distributed import agree, primary, text_from_primary, wait_for_all
 from repo_jax.evaluation import Evaluation, summarize
 from repo_jax.export import cache_of, check_output, shared_folder, write_base
+from repo_jax.models.pretrained import Pretrained
 from repo_jax.models.tensors import fingerprint
 from repo_jax.preparation import Setup
 
@@ -108,8 +109,12 @@ def identity(setup: Setup) -> dict:
         "recipe": _fixed(setup.recipe),
         "data": {"train": setup.train.key, "held_out": setup.held_out and setup.held_out.key},
         # A checkpoint of adapters holds them alone: what they lie over must stay what it was.
-        "base": {"weights": fingerprint(setup.pretrained.files.weights)},
-    } | ({} if setup.reference is None else {"reference": {"weights": fingerprint(setup.reference.files.weights)}})
+        "base": _weights(setup.pretrained),
+    } | ({} if setup.reference is None else {"reference": _weights(setup.reference)})
+
+
+def _weights(model: Pretrained) -> dict:
+    return {"weights": fingerprint(model.files.weights, model.files.adapter)}
 
 
 # Where a host keeps what it has worked out is its own affair.
@@ -125,7 +130,7 @@ def what_runs(setup: Setup) -> dict[str, str]:
     found = {
         "repo_jax": sources.hexdigest()[:12],
         "jax": jax.__version__,
-        "device": setup.mesh.devices.flat[0].device_kind,
+        "device": setup.mesh.local_devices[0].device_kind,
     }
     tree = identity(setup) | {"recipe": yaml.safe_load(dump_recipe(setup.recipe))}
     return found | {name: value for name, value in _leaves(tree) if name not in OWN}
@@ -143,8 +148,9 @@ def _leaves(tree: dict, path: str = "") -> Iterator[tuple[str, str]]:
 def claim(setup: Setup) -> None:
     """Makes the output folder this run's, or finds that it is: a folder holds one run.
 
-    Several processes call it together; process 0 writes. Raises ValueError naming what differs when the folder holds a run of another
-    recipe or other data, and OSError where a URL cannot be written to.
+    Several processes call it together; process 0 writes. What a run left that got to no checkpoint is removed. Raises ValueError naming what
+    differs when the folder holds a run of another recipe or other data, or where a finished run's checkpoints are gone, and OSError where
+    a URL cannot be written to.
     """
     recipe, run, own = setup.recipe, RunFolder(setup.recipe), identity(setup)
     folder = run.here
@@ -156,6 +162,11 @@ def claim(setup: Setup) -> None:
         _check_url(run.url)
         run.fetch()
     claimed, trained = folder / "identity.yaml", holds_checkpoints(run.url or folder)
+    finished = any((folder / name).exists() for name in ("report.html", *EXPORTS))
+    if claimed.exists() and finished and not trained:
+        raise ValueError(
+            f"output_dir='{run}' holds a finished run without its checkpoints, over which nothing is written; name a new output_dir, or remove that folder"
+        )
     if claimed.exists() and trained:  # before the first there is nothing to lose
         changes = _differences(yaml.safe_load(claimed.read_text(encoding="utf-8")), own)
         if changes:
@@ -165,17 +176,27 @@ def claim(setup: Setup) -> None:
     elif not claimed.exists() and (trained or (folder / "recipe.yaml").exists()):
         raise ValueError(f"output_dir='{run}' holds files that are not from a run of repo-jax; name a new output_dir")
     wait_for_all("looked at output_dir")
+    removed = []
     if primary() or run.url:
         folder.mkdir(parents=True, exist_ok=True)
         if not trained:
+            removed = _remove_results(run.here)
             write_base(setup.pretrained.files, setup.cfg, setup.tokenizer, folder / "base")
             write_whole(claimed, yaml.safe_dump(own, sort_keys=False, allow_unicode=True))
         if setup.gamma_quantile is not None and trained and (gamma := found_gamma(folder)) is not None:
             recipe = with_found_gamma(recipe, gamma)
         write_whole(folder / "recipe.yaml", dump_recipe(recipe))
     if run.url is not None:
-        _send_all(run)
+        _send_all(run, removed)
     wait_for_all("claimed output_dir")
+
+
+def _remove_results(folder: pathlib.Path) -> list[str]:
+    """Takes away what was evaluated before a run had a checkpoint, and names it: the next run may have other held-out pairs, or none."""
+    names = [path.name for path in (folder / "eval_results.json", *folder.glob("margins_*.npy")) if path.exists()]
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+    return names
 
 
 def with_found_gamma(recipe: Recipe, gamma: float) -> Recipe:
@@ -217,11 +238,12 @@ def _check_shared(folder: pathlib.Path) -> None:
             ) from None
 
 
-def _send_all(run: RunFolder) -> None:
-    """The first copy to the URL. Raises OSError, on all processes, where it cannot be written to."""
+def _send_all(run: RunFolder, removed: list[str]) -> None:
+    """The first copy to the URL, where what was removed here goes too. Raises OSError, on all processes, where it cannot be written to."""
     reason = ""
     if primary():
         try:
+            urls.remove(run.url, removed)
             run.send(path for path in run.here.rglob("*") if path.is_file())
         except (OSError, ValueError) as error:
             reason = str(error)

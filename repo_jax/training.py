@@ -289,7 +289,7 @@ def _tell(setup: Setup, place: RunFolder, results: dict | None, difference: floa
             f"warning: the report fails ({type(error).__name__}: {reason}); the model is whole, and the same command tries again"
         )
     place.keep(last=True)
-    if results is not None and "before" in results:
+    if results is not None and {"before", "after"} <= results.keys():
         say(f"\n{results['pairs']} held-out pairs\n{summary_text(results['before'], results['after'])}\n")
     say(f"model   {place.shown('hf')}  (reloaded; log-probs within {difference:.1g} of the trained model's)")
     if adapter:

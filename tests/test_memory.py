@@ -219,6 +219,7 @@ def test_the_share_of_a_gpu_that_jax_leaves_alone_is_named_first(monkeypatch, na
     [
         ({"data__rows_per_device": 1}, "rows_per_device"),
         ({"model__remat": "full"}, "remat"),
+        ({"model__remat": "offload"}, "remat"),
         ({"optim__moment_dtype": "bfloat16"}, "moment_dtype"),
         ({"model__param_dtype": "bfloat16"}, "param_dtype"),
     ],

@@ -35,7 +35,7 @@ from repo_jax.planning import (
     rows_for,
     what_would_fit,
 )
-from repo_jax.programs import PROGRAMS, Programs, with_dtypes
+from repo_jax.programs import PROGRAMS, Held, Programs, with_dtypes
 from repo_jax.sharding import make_mesh
 from repo_jax.step import check_held
 from repo_jax.topology import NoCompilerError, parse_topology
@@ -255,6 +255,10 @@ def test_what_would_fit_has_bfloat16_adapters_and_a_larger_slice(monkeypatch):
         ("v5e:4x4", {}),
     ]
     assert [one["fits"] for one in found] == [False, False, True, False, True]
+    for remat, offered in (("dots", "full"), ("offload", None)):  # which needs less than full
+        asked.clear()
+        what_would_fit(recipe_of(model__remat=remat), LLAMA, parse_topology("v5e:2x2"))
+        assert {changes.get("model.remat") for _, changes in asked if changes} == {offered}
 
 
 @pytest.mark.slow
@@ -374,6 +378,26 @@ def test_a_plan_has_the_form_that_training_takes_and_is_refused_where_training_i
         planned(dropping, optim={"mode": "two_pass"})
     with pytest.raises(ValueError, match="so that nothing would read keep_layer_inputs=true"):
         planned(dropping, optim={"keep_layer_inputs": True})
+
+
+def test_sequences_beside_the_pairs_take_rows_too():
+    dpo, kto = (
+        rows_for(to_recipe({"model": {"model_name_or_path": "m"}, "loss": {"loss_type": name}}), LLAMA, 8)
+        for name in ("dpo", "kto")
+    )
+    assert kto.batches * kto.shape.R * kto.shape.T >= 1.8 * dpo.batches * dpo.shape.R * dpo.shape.T
+    assert len(kto.lengths.prompt_B) == len(dpo.lengths.prompt_B) == 128 and 0 <= kto.padding < 0.3
+
+
+def test_a_reference_model_of_its_own_lies_beside_adapters():
+    def held(**model):
+        model = {"model_name_or_path": "m", "use_peft": True} | model
+        recipe = with_dtypes(to_recipe({"model": model, "loss": {"loss_type": "tdpo2"}}))
+        return Held(recipe, TINY, make_mesh(1, 1, 1, jax.devices()[:1])).bytes
+
+    assert "reference parameters" not in held()
+    other = held(reference_model_name_or_path="other")
+    assert other["reference parameters"] == other["frozen parameters"]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 import dataclasses
 import json
 import re
+import shutil
 import types
 
 import jax
 import numpy as np
 import pytest
+import transformers
 from examples import ASSETS, STORIES, TINY
 
 from repo_jax import hardware, preparation
@@ -407,6 +409,43 @@ def test_adapters_are_not_trained_over_an_adapter(tmp_path):
         adapters(tmp_path, model_name_or_path=str(folder))
     setup = adapters(tmp_path, training=False, model_name_or_path=str(folder))
     assert setup.pretrained.adapter is not None and setup.recipe.model.param_dtype == "float32"
+
+
+def with_token(tmp_path, token):
+    """The model with a tokenizer that has one token more."""
+    folder = shutil.copytree(STORIES, tmp_path / "with token")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([token], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    return {"model_name_or_path": str(folder)}
+
+
+def test_a_token_that_the_model_does_not_embed_harms_only_where_it_is_used(tmp_path, rows):
+    model = with_token(tmp_path, "<image>")
+    assert set_up(with_data(tmp_path, rows(), model=model), training=True).train is not None
+    used = rows({}, {"chosen": " was <image>"}, {}, {})
+    with pytest.raises(ValueError) as refused:
+        set_up(with_data(tmp_path, used, model=model), training=True)
+    assert str(refused.value) == (
+        "the data hold '<image>', token 512, but the model embeds 512 tokens; give the tokenizer that belongs to the model, or data without it"
+    )
+
+
+def test_a_tokenizer_with_more_tokens_of_its_own_than_the_model_embeds_is_refused(tmp_path, rows, monkeypatch):
+    larger = types.SimpleNamespace(added_tokens_decoder={600: "<image>"})
+    tokenizer = type("Tokenizer", (types.SimpleNamespace,), {"__len__": lambda _: 601})(**vars(larger))
+    monkeypatch.setattr(preparation, "tokenizer_of", lambda recipe: tokenizer)
+    with pytest.raises(ValueError, match="the tokenizer has 601 tokens but the model embeds 512; give the tokenizer"):
+        set_up(with_data(tmp_path, rows()), training=True)
+
+
+def test_a_reference_model_of_its_own_stays_beside_adapters(tmp_path, rows):
+    def live(**model):
+        model = {"model_name_or_path": str(STORIES), "use_peft": True} | model
+        return set_up(with_data(tmp_path, rows(), model=model, loss={"loss_type": "tdpo2"}), training=True).live_shapes
+
+    assert live() is None
+    assert live(reference_model_name_or_path=str(STORIES))["embed_VD"].shape == (512, 64)
 
 
 def test_what_a_setup_trains_and_freezes(tmp_path):

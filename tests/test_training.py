@@ -24,10 +24,11 @@ import safetensors.numpy
 import yaml
 from examples import ROOT, STORIES, short_pairs
 
-from repo_jax import cli, training
+from repo_jax import cli, run_folder, training
 from repo_jax.cli import main
 from repo_jax.config import load_recipe
 from repo_jax.data.batches import batch_indices
+from repo_jax.models.tensors import fingerprint
 from repo_jax.run_folder import read_metrics
 from repo_jax.training import batches_ahead, prepare
 
@@ -367,6 +368,38 @@ def test_a_run_without_checkpoints_holds_no_folder(recipe, tmp_path):
     prepare(first)
     prepare(second)
     assert yaml.safe_load((tmp_path / "identity.yaml").read_text())["recipe"]["optim"]["optim"] == "lion"
+
+
+def test_what_a_run_without_checkpoints_measured_is_not_the_next_ones(recipe, tmp_path):
+    tree = load_recipe(recipe, {"run.output_dir": str(tmp_path)})
+    prepare(tree)
+    (tmp_path / "eval_results.json").write_text('{"pairs": 16, "before": {"loss": 1.0}}')
+    np.save(tmp_path / "margins_before.npy", np.zeros(16))
+    prepare(tree)
+    assert not [name for name in ("eval_results.json", "margins_before.npy") if (tmp_path / name).exists()]
+
+
+@pytest.mark.parametrize("left", ["hf", "report.html"])
+def test_a_finished_run_whose_checkpoints_are_gone_is_not_written_over(recipe, tmp_path, capsys, left):
+    prepare(load_recipe(recipe, {"run.output_dir": str(tmp_path)}))
+    (tmp_path / left).mkdir() if left == "hf" else (tmp_path / left).touch()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert "holds a finished run without its checkpoints, over which nothing is written; name a new output_dir" in (
+        refused(capsys, "train", recipe, "--output_dir", tmp_path)
+    )
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_the_adapter_over_the_first_weights_is_part_of_a_run(tmp_path):
+    def name(adapter):
+        files = types.SimpleNamespace(weights=STORIES, adapter=adapter)
+        return run_folder._weights(types.SimpleNamespace(files=files))
+
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"one")
+    first = name(tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"two")
+    assert len({str(one) for one in (name(None), first, name(tmp_path))}) == 3
+    assert name(None) == {"weights": fingerprint(STORIES)}
 
 
 def test_checkpoints_of_another_program_are_not_gone_on_from(recipe, tmp_path, capsys):

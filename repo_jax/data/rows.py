@@ -310,8 +310,9 @@ def _fill(pairs, rows: list[list[int]], shape: RowShape, B: int, wanted_B2: np.n
                 segment += 1
                 batch.starts_B3[number, 1 + side] = row * T + slot
                 answer = np.arange(slot, slot + len(ids))
-                # Each token is predicted by the one before it; a branch's first token by the prompt's last.
-                sources = np.concatenate([prompt[-1:], answer[:-1]])
+                # Each token is predicted by the one before it; a branch's first token by the prompt's last. Answers cut by rules that give
+                # them no common prompt begin with one of their own, which is not scored.
+                sources = np.concatenate([prompt[-1:] if len(prompt) else answer[:1], answer[:-1]])
                 put(ids, len(pair.prompt), segment)
                 targets = ids[mask]
                 here = slice(scored, scored + len(targets))

@@ -170,6 +170,16 @@ def test_an_answer_that_is_wanted_but_not_there_is_left_out():
     assert batch.tokens_RT.tolist() == [[1, 2, 3, 4, 0, 0, 0]]
 
 
+def test_answers_without_a_common_prompt_begin_with_tokens_that_are_not_scored():
+    """What compat: official makes where each answer keeps the end of a long prompt of its own."""
+    pair = tokens([], [1, 2, 3], [4, 5, 6], masks=([False, True, True], [False, False, True]))
+    (batch,) = row_batches([pair], RowShape(1, 8, 4))
+    assert read_back([batch]) == {
+        (0, 0): [([1], [0], 2), ([1, 2], [0, 1], 3)],
+        (0, 1): [([4, 5], [0, 1], 6)],
+    }
+
+
 # Weights
 
 
