@@ -17,15 +17,13 @@ import sys
 import time
 
 import jax
-import optax
-from ablation import commit
+from ablation import commit, stepper
 
 from repo_jax.benchmark import about, prepare
 from repo_jax.config import load_recipe
 from repo_jax.data.batches import batch_indices
 from repo_jax.losses import make_loss
-from repo_jax.state import state_shapes, state_shardings
-from repo_jax.step import Scorer, TrainStep
+from repo_jax.step import TrainStep
 
 SIMPO, KEPT = "SimPO, direct", "RePO, layer inputs kept"
 
@@ -40,25 +38,19 @@ def main() -> None:
     parser.add_argument("--output", type=pathlib.Path)
     a = parser.parse_args()
     setup = prepare(load_recipe(a.folder / "recipe.yaml", {"model.remat": a.remat}))
-    optimizer = optax.sgd(0.0)  # never run
-    shardings = state_shardings(state_shapes(setup.trained_shapes, optimizer), optimizer, setup.mesh)
     params = setup.pretrained.params(setup.mesh, setup.recipe.model.param_dtype)
-
-    def stepper(loss, hparams: dict, mode: str, keeps: int = 0) -> TrainStep:
-        scorer = Scorer(setup.model, loss, hparams, setup.mesh, setup.shapes)
-        return TrainStep(scorer, setup.model, loss, optimizer, shardings, mode=mode, keeps=keeps)
-
     repo = make_loss("repo", gamma=a.gamma)
+    two_pass, scorer = stepper(setup, *repo)
     forms = {
-        SIMPO: stepper(*make_loss("simpo"), "direct"),
-        "RePO, two passes": stepper(*repo, "two_pass"),
-        KEPT: stepper(*repo, "two_pass", keeps=1),
+        SIMPO: (stepper(setup, *make_loss("simpo"))[0], "direct"),
+        "RePO, two passes": (two_pass, "two_pass"),
+        KEPT: (stepper(setup, *repo, scorer, keeps=True)[0], "two_pass"),
     }
 
-    def seconds(step: TrainStep, pairs) -> tuple[float, float]:
+    def seconds(step: TrainStep, form: str, pairs) -> tuple[float, float]:
         """And the share of scored tokens that were active."""
         rows, started = step.rows(pairs), time.perf_counter()
-        grads, metrics = step.mean_grads(params, pairs, rows=rows)
+        grads, metrics = step.mean_grads(params, pairs, rows=rows, form=form)
         jax.block_until_ready(grads)
         return time.perf_counter() - started, float(metrics["active_token_fraction"])
 
@@ -68,8 +60,8 @@ def main() -> None:
         pairs, times, active = [setup.train[i] for i in indices], {name: [] for name in forms}, {}
         for turn in range(-1 if number == 0 else 0, a.rounds):
             # The order changes, so that a machine that slows down slows all.
-            for name, step in list(forms.items())[:: -1 if turn % 2 else 1]:
-                spent, active[name] = seconds(step, pairs)
+            for name, (step, form) in list(forms.items())[:: -1 if turn % 2 else 1]:
+                spent, active[name] = seconds(step, form, pairs)
                 times[name] += [spent] if turn >= 0 else []
         ratio = statistics.median(times[SIMPO]) / statistics.median(times[KEPT])
         found.append({"update": number + 1, "active": active[KEPT], "seconds": times, "ratio": ratio})
